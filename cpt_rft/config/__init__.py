@@ -1,0 +1,1 @@
+"""Strict configuration: YAML files and command-line overrides into typed, frozen objects."""

@@ -1,0 +1,237 @@
+"""What an experiment may say. Every object is frozen and refuses keys that it does not know.
+
+The text under a field is its help: it appears in the JSON Schema that editors read (``cpt-rft schema``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from cpt_rft.config.nearest import nearest
+from cpt_rft.miniature.tasks import GENERAL, TASKS
+from cpt_rft.prompts import PRESETS, Style
+
+T = TypeVar("T")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+TASK_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(TASKS)}
+GENERAL_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(GENERAL)}
+
+
+class KeyedError(ValueError):
+    """A rule is broken at a place below the object that checks it.
+
+    Attributes:
+        at: The keys and indices from that object to the place.
+    """
+
+    def __init__(self, at: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.at = at
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class _Method(_Strict):
+    name: Name
+    """The key under which the experiment lists the method."""
+    joint: bool = False
+    """Train once on all tasks together (the multi-task upper bound) instead of task after task."""
+    style: Style
+    """Prompt style of training: `cot` (think, then box) or `direct` (the bare answer). It is the native style."""
+    lr: PositiveFloat
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up, within each stage."""
+    warmup_ratio: Share = 0.0
+    """Share of a stage's steps in which the learning rate rises linearly from zero."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+    epochs: PositiveInt = 1
+    """Passes over the rows of a stage."""
+    prompts_per_step: PositiveInt
+    """Prompts (rows) in one optimizer step. Equal for all methods: they then see the same rows at the same step."""
+    micro_batch: PositiveInt
+    """Prompts in memory at once; it must divide `prompts_per_step`."""
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Self:
+        if self.prompts_per_step % self.micro_batch:
+            message = f"{self.micro_batch} does not divide prompts_per_step = {self.prompts_per_step}"
+            raise KeyedError(("micro_batch",), message)
+        return self
+
+
+class SftMethod(_Method):
+    """Supervised fine-tuning: the next-token loss on the label (`direct`) or on rationale and label (`cot`)."""
+
+    kind: Literal["sft"]
+    """Which objective: supervised targets."""
+
+
+class GrpoMethod(_Method):
+    """Group-relative policy optimisation on the verifiable reward 0.9 accuracy + 0.1 format."""
+
+    kind: Literal["grpo"]
+    """Which objective: sampled completions, weighed by their advantage within the group."""
+    group: Annotated[int, Field(ge=2)]
+    """Completions sampled a prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of the rollouts; log-probabilities are taken at the same temperature."""
+    max_new_tokens: PositiveInt
+    """Longest completion in tokens."""
+    kl_coef: NotNegative = 0.01
+    """Weight of the k3 KL penalty to the reference policy; 0 switches it off."""
+    kl_reference: Literal["base", "stage"] = "base"
+    """Reference policy: the base model, or the model at the start of the stage."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio to the sampling policy counts no further down than 1 - clip_low."""
+    clip_high: PositiveFloat = 0.3
+    """The ratio to the sampling policy counts no further up than 1 + clip_high."""
+    dual_clip: Annotated[float, Field(gt=1)] = 3.0
+    """Bound on the ratio where the advantage is negative."""
+
+
+MethodConfig = Annotated[SftMethod | GrpoMethod, Field(discriminator="kind")]
+METHOD_KINDS: Mapping[str, type[SftMethod] | type[GrpoMethod]] = {"sft": SftMethod, "grpo": GrpoMethod}
+
+
+class EngineConfig(_Strict):
+    """What trains. `auto` values are resolved once, when a run directory is made, and kept on resume."""
+
+    name: Literal["local"]
+    """The engine: `local` trains in process with transformers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; weights and optimizer are always float32."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """Where: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
+    threads: PositiveInt = 1
+    """Threads of one worker. Methods and seeds run side by side, so one is usually best."""
+    save_every: PositiveInt = 10
+    """Steps between two resume points within a stage."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """A stage stops after more non-finite steps than this."""
+
+
+class DataConfig(_Strict):
+    """Which rows."""
+
+    source: Literal["miniature"] = "miniature"
+    """Where tasks come from: the drawn miniature world."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn rows."""
+    train: PositiveInt
+    """Training rows a task."""
+    dev: PositiveInt
+    """Rows a task for every choice (learning rate, steps, matching)."""
+    test: PositiveInt
+    """Rows a task for published numbers only."""
+    prompt_preset: str = "miniature"
+    """Which prompt suffixes (cpt_rft/prompts.py)."""
+
+    @field_validator("prompt_preset")
+    @classmethod
+    def _known_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown prompt preset {value!r}, the nearest is {nearest(value, PRESETS)!r}")
+        return value
+
+
+class EvaluationConfig(_Strict):
+    """How every checkpoint is scored."""
+
+    split: Literal["dev", "test"] = "test"
+    """Which rows are scored; choices are made on dev only."""
+    rows: PositiveInt | None = None
+    """Score only the first so many rows a task; null for all."""
+    styles: Annotated[tuple[Style, ...], Field(min_length=1)] = ("cot", "direct")
+    """Prompt styles in which every cell is scored."""
+    batch_size: PositiveInt = 50
+    """Rows generated and committed together. It can change the last bits, so it belongs to the run."""
+    max_new_tokens: PositiveInt
+    """Longest answer in tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the model that answers; part of the contract, so that machines agree."""
+    general: tuple[str, ...] = ()
+    """Held-out abilities, scored but never trained on."""
+    contract: Literal["greedy"] = "greedy"
+    """Decoding: the most likely token each time."""
+    base_samples: Annotated[int, Field(ge=0)] = 8
+    """Samples a row at temperature 1 for the base model's row; 0 for none."""
+
+    @field_validator("styles", "general")
+    @classmethod
+    def _no_repeats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_unique(value)
+
+
+class Experiment(_Strict):
+    """A study: which model learns which tasks, by which methods, in which orders, from which seeds."""
+
+    name: Name
+    """Name of the study; it is part of every seed."""
+    base_model: str
+    """Directory of the base checkpoint, relative to here or to the repository."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks in the order of learning (order 0)."""
+    orders: tuple[tuple[str, ...], ...] = ()
+    """Further orders, each a permutation of `tasks`; they become order 1, 2, ..."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """Training seeds; each gives one sequence a method and order."""
+    methods: Annotated[Mapping[str, MethodConfig], Field(min_length=1)]
+    """Methods: a list of names of configs/methods/*.yaml, or names with changes to them."""
+    engine: EngineConfig
+    """What trains: a name of configs/engines/*.yaml, or changes to one."""
+    data: DataConfig
+    """Which rows."""
+    evaluation: EvaluationConfig
+    """How every checkpoint is scored."""
+    output: str
+    """Run directory, relative to where the command is given."""
+    workers: Literal["auto"] | PositiveInt = "auto"
+    """Sequences trained side by side; `auto` uses the cores and the memory there are."""
+
+    @property
+    def all_orders(self) -> tuple[tuple[str, ...], ...]:
+        """Every order, `tasks` first."""
+        return (self.tasks, *self.orders)
+
+    @field_validator("tasks", "seeds")
+    @classmethod
+    def _no_repeats(cls, value: tuple[T, ...]) -> tuple[T, ...]:
+        return _check_unique(value)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        source = self.data.source
+        _check_known("task", self.tasks, TASK_NAMES[source], at=("tasks",))
+        _check_known("general ability", self.evaluation.general, GENERAL_NAMES[source], at=("evaluation", "general"))
+        for index, order in enumerate(self.orders):
+            if sorted(order) != sorted(self.tasks):
+                raise KeyedError(("orders", index), f"{list(order)} is not a permutation of the tasks")
+            if order in self.all_orders[: index + 1]:
+                raise KeyedError(("orders", index), f"{list(order)} is listed twice (the tasks themselves are order 0)")
+        return self
+
+
+def _check_unique(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Return the values if none stands twice."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise KeyedError((index,), f"{value!r} is listed twice")
+    return values
+
+
+def _check_known(noun: str, values: Sequence[str], known: Sequence[str], *, at: tuple[str | int, ...]) -> None:
+    for index, value in enumerate(values):
+        if value not in known:
+            raise KeyedError((*at, index), f"unknown {noun} {value!r}, the nearest is {nearest(value, known)!r}")

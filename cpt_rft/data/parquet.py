@@ -1,0 +1,142 @@
+"""The parquet contract: rows to disk and back, every column and every picture checked on the way in."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from cpt_rft.data.example import Example
+from cpt_rft.errors import DataError, UserError
+from cpt_rft.files import atomic_path
+
+MIN_SIDE_PX = 28
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("problem", pa.string()),
+        ("answer", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("rationale", pa.string()),
+        ("rationale_source", pa.string()),
+        ("kind", pa.string()),
+        ("meta", pa.string()),
+    ]
+)
+
+
+def write_split(path: Path, rows: Sequence[Example]) -> None:
+    """Write rows as one parquet file, whole or not at all."""
+    table = pa.Table.from_pylist([_to_record(row) for row in rows], schema=SCHEMA)
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def read_split(path: Path) -> list[Example]:
+    """Read and check every row.
+
+    Raises:
+        DataError: The file is missing, unreadable or lacks a column; a row has an empty answer, wrong types,
+            a wrong number of pictures, a repeated id, or a picture that does not decode or is too small. The
+            message names the file and the row.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.", "run 'cpt-rft prepare EXPERIMENT.yaml'")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}).", "delete it and prepare again") from error
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} has no column {', '.join(missing)}.", "export it with the columns of the contract")
+    rows: list[Example] = []
+    ids: set[str] = set()
+    for index, record in enumerate(table.to_pylist()):
+        try:
+            row = _from_record(record)
+            if row.id in ids:
+                raise DataError(f"the id {row.id} stands twice.", "make ids unique")
+            for picture, name in zip(row.images, row.image_paths, strict=True):
+                decode_picture(picture, name)
+        except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
+            problem, fix = (error.problem, error.fix) if isinstance(error, UserError) else (str(error), "mend the row")
+            raise DataError(f"{path}, row {index} ({record.get('id')}): {problem}", fix) from error
+        ids.add(row.id)
+        rows.append(row)
+    return rows
+
+
+def decode_picture(encoded: bytes, name: str) -> Image.Image:
+    """Decode to RGB.
+
+    Raises:
+        DataError: The bytes are no picture, are cut short, or a side is under 28 pixels.
+    """
+    try:
+        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+        raise DataError(f"Picture {name} does not decode ({error}).", "replace the picture or drop the row") from error
+    if min(picture.size) < MIN_SIDE_PX:
+        raise DataError(
+            f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
+            f"use pictures of at least {MIN_SIDE_PX} pixels a side",
+        )
+    return picture
+
+
+def rows_hash(rows: Sequence[Example]) -> str:
+    """A hash of the content: decoded pixels and every text. It does not depend on encoders or file formats."""
+    digest = hashlib.sha256()
+    for row in rows:
+        record = _to_record(row)
+        for image in record.pop("images"):
+            picture = decode_picture(image["bytes"], image["path"])
+            digest.update(f"{image['path']} {picture.size}".encode())
+            digest.update(picture.tobytes())
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def _to_record(row: Example) -> dict[str, Any]:
+    images = [{"bytes": b, "path": p} for b, p in zip(row.images, row.image_paths, strict=True)]
+    return {
+        "id": row.id,
+        "task": row.task,
+        "split": row.split,
+        "images": images,
+        "problem": row.problem,
+        "answer": row.answer,
+        "references": list(row.references),
+        "rationale": row.rationale,
+        "rationale_source": row.rationale_source,
+        "kind": row.kind,
+        "meta": json.dumps(row.meta, sort_keys=True),
+    }
+
+
+def _from_record(record: dict[str, Any]) -> Example:
+    if record["answer"] is None or record["references"] is None:
+        raise DataError("the answer is empty.", "give the row an answer or drop it")
+    return Example(
+        id=record["id"],
+        task=record["task"],
+        split=record["split"],
+        images=tuple(image["bytes"] for image in record["images"]),
+        image_paths=tuple(image["path"] for image in record["images"]),
+        problem=record["problem"],
+        answer=record["answer"],
+        references=tuple(record["references"]),
+        kind=record["kind"],
+        rationale=record["rationale"],
+        rationale_source=record["rationale_source"],
+        meta=json.loads(record["meta"] or "{}"),
+    )

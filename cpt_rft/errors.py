@@ -1,0 +1,35 @@
+"""Errors a user can cause and mend. Everything else is a bug and shows its traceback."""
+
+
+class UserError(Exception):
+    """A problem with one clear sentence and one fix; the command line prints both and exits with 2.
+
+    Args:
+        problem: What is wrong, naming the file, the row or the key.
+        fix: What to do about it, as an instruction.
+    """
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"{problem} Fix: {fix}")
+        self.problem = problem
+        self.fix = fix
+
+
+class ConfigError(UserError):
+    """A key, a value or a file of the configuration is wrong."""
+
+
+class DataError(UserError):
+    """A row, a picture or a data file cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete or not the one its manifest describes."""
+
+
+class StageError(UserError):
+    """A stage cannot run here and now: another run holds the directory, or its identity differs."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on, for example because the loss stays non-finite."""

@@ -1,0 +1,67 @@
+"""Prompt styles: what is appended to a problem, and what a supervised target looks like.
+
+``cot`` asks for reasoning in ``<think>`` tags and the answer in ``\\boxed{}``; ``direct`` asks for the bare
+answer. A preset fixes both suffixes. Train and test, SFT and RFT all render through `user_text`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cpt_rft.data.example import Example
+from cpt_rft.errors import DataError
+
+Style = Literal["cot", "direct"]
+STYLES: tuple[Style, ...] = ("cot", "direct")
+
+
+@dataclass(frozen=True)
+class PromptPreset:
+    """The text that each style appends to a problem, leading separator included."""
+
+    cot: str
+    direct: str
+
+
+PRESETS = {
+    "miniature": PromptPreset(cot=" Think, then box.", direct=" Answer now."),
+    # Source: RFTvsSFT@7d4f50e EasyR1/examples/format_prompt/{math_format,no_cot}.jinja (the RFT arm).
+    "paper_rft": PromptPreset(
+        cot=" You FIRST think about the reasoning process as an internal monologue and then provide the final"
+        " answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE"
+        " put in \\boxed{}.",
+        direct=" You MUST provide the final answer directly.",
+    ),
+}
+
+
+def user_text(example: Example, style: Style, preset: str) -> str:
+    """The user turn: the problem (with its ``<image>`` tags) and the suffix of the style."""
+    return user_text_of(example.problem, style, preset)
+
+
+def user_text_of(problem: str, style: Style, preset: str) -> str:
+    """The user turn of a problem that is no `Example` yet."""
+    return problem + getattr(PRESETS[preset], style)
+
+
+def target_text(example: Example, style: Style) -> str:
+    r"""What supervised training teaches: the label, or rationale and boxed label.
+
+    Raises:
+        DataError: The style is ``cot`` and the row has no rationale.
+    """
+    if style == "cot" and example.rationale is None:
+        raise DataError(
+            f"Row {example.id} has no rationale, which SFT in the cot style needs.",
+            "train this task in the direct style or add rationales",
+        )
+    return target_of(example.answer, example.rationale or "", style)
+
+
+def target_of(answer: str, rationale: str, style: Style) -> str:
+    r"""The form that a style asks for.
+
+    >>> target_of("B", "a star", "cot")
+    '<think>a star</think>\\boxed{B}'
+    """
+    return answer if style == "direct" else f"<think>{rationale}</think>\\boxed{{{answer}}}"
