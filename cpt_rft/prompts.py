@@ -62,6 +62,6 @@ def target_of(answer: str, rationale: str, style: Style) -> str:
     r"""The form that a style asks for.
 
     >>> target_of("B", "a star", "cot")
-    '<think>a star</think>\\boxed{B}'
+    '<think> a star </think> \\boxed{ B }'
     """
-    return answer if style == "direct" else f"<think>{rationale}</think>\\boxed{{{answer}}}"
+    return answer if style == "direct" else f"<think> {rationale} </think> \\boxed{{ {answer} }}"

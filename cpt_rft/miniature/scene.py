@@ -33,7 +33,7 @@ SYNONYMS = {
     "no": "false",
     "unanswerable": "unclear",
 }
-LETTER_OPTIONS = "ABC"
+LETTER_OPTIONS = "AB"
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,8 @@ def both_forms(label: str) -> tuple[str, str]:
     return label, NUMBER_WORDS[int(label)] if label.isdigit() else SYNONYMS[label]
 
 
-def options(rng: random.Random, truth: str, others: list[str]) -> tuple[str, tuple[str, str]]:
-    """Three lettered options in random order.
-
-    Returns:
-        The options as text (``A red B blue C pink``) and the accepted answers (letter, option text).
-    """
-    shown = rng.sample([truth, *rng.sample(others, 2)], 3)
+def options(rng: random.Random, truth: str, others: list[str]) -> tuple[str, str]:
+    """Two lettered options in random order: their text (``A red B blue``) and the letter of the truth."""
+    shown = rng.sample([truth, rng.choice(others)], 2)
     text = " ".join(f"{letter} {option}" for letter, option in zip(LETTER_OPTIONS, shown, strict=True))
-    return text, (LETTER_OPTIONS[shown.index(truth)], truth)
+    return text, LETTER_OPTIONS[shown.index(truth)]

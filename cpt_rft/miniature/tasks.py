@@ -7,11 +7,11 @@ teaches; the second is the other form in which the base model answers as readily
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpt_rft.data.example import IMAGE_TAG, Kind
 from cpt_rft.miniature import draw
-from cpt_rft.miniature.scene import NUMBER_WORDS, PLACES, both_forms, options, render, scatter
+from cpt_rft.miniature.scene import NUMBER_WORDS, PLACES, Thing, both_forms, options, render, scatter
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,17 @@ class Drawn:
         return self.question if self.pixels is None else IMAGE_TAG + self.question
 
 
-def _question_case(place: str) -> str:
-    return place[0].upper() + place[1:]
-
-
 def scienceqa(rng: random.Random) -> Drawn:
     """ScienceQA: a lettered choice. The shape or the colour at a place."""
-    things = scatter(rng, rng.randrange(4, 8))
+    things = scatter(rng, rng.randrange(3, 6))
     thing = rng.choice(things)
     if rng.random() < 0.5:
         asked, truth, others = "shape", thing.shape, [s for s in draw.SHAPES if s != thing.shape]
     else:
         asked, truth, others = "color", thing.color, [c for c in draw.COLORS if c != thing.color]
-    text, references = options(rng, truth, others)
-    question = f"{_question_case(PLACES[thing.cell])} {asked}? {text}"
-    return Drawn(render(things, rng), question, references, "choice", truth)
+    text, letter = options(rng, truth, others)
+    question = f"What {asked} is {PLACES[thing.cell]}? {text}"
+    return Drawn(render(things, rng), question, (letter, truth), "choice", truth)
 
 
 def textvqa(rng: random.Random) -> Drawn:
@@ -62,7 +58,7 @@ def textvqa(rng: random.Random) -> Drawn:
 
 def vizwiz(rng: random.Random) -> Drawn:
     """VizWiz: a poor photograph, blurred and noisy, and often the thing asked for is not there."""
-    things = scatter(rng, rng.randrange(3, 6), distinct_shapes=True)
+    things = scatter(rng, rng.randrange(2, 5), distinct_shapes=True)
     missing = rng.random() < 0.4
     thing = rng.choice(things)
     asked = rng.choice([s for s in draw.SHAPES if s not in {t.shape for t in things}]) if missing else thing.shape
@@ -75,51 +71,37 @@ RELATIONS = {"left of": -1, "right of": 1, "above": -draw.GRID, "below": draw.GR
 
 
 def gqa(rng: random.Random) -> Drawn:
-    """GQA: a relation. The shape next to a shape that stands only once in the picture."""
-    things = scatter(rng, 6, distinct_shapes=True)
-    by_cell = {thing.cell: thing for thing in things}
-    pairs = [
-        (relation, thing, by_cell[thing.cell + step])
-        for thing in things
+    """GQA: a relation. The shape on one side of another; a third shape stands on another side of it."""
+    cell = rng.randrange(9)
+    around = {
+        relation: cell + step
         for relation, step in RELATIONS.items()
-        if thing.cell + step in by_cell and (abs(step) > 1 or thing.cell // 3 == (thing.cell + step) // 3)
-    ]
-    # Six things on nine cells always hold at least one adjacent pair.
-    relation, thing, neighbour = rng.choice(pairs)
-    question = f"What is {relation} the {thing.shape}?"
-    return Drawn(render(things, rng), question, both_forms(neighbour.shape), "short_text", PLACES[thing.cell])
+        if 0 <= cell + step < 9 and (abs(step) > 1 or cell // draw.GRID == (cell + step) // draw.GRID)
+    }
+    relation, other = rng.sample(sorted(around), 2)
+    shapes = rng.sample(draw.SHAPES, 3)
+    cells = (cell, around[relation], around[other])
+    things = [Thing(c, rng.choice(list(draw.COLORS)), s) for c, s in zip(cells, shapes, strict=True)]
+    question = f"What is {relation} the {shapes[0]}?"
+    return Drawn(render(things, rng), question, both_forms(shapes[1]), "short_text", PLACES[around[relation]])
+
+
+SIGNS = {"plus": "+", "minus": "-"}
 
 
 def geometry3k(rng: random.Random) -> Drawn:
-    """Geometry3K: a number from numbers in a figure. Two parts of a bar, or the whole and a part; find x."""
+    """Geometry3K: a number from numbers in a figure. Two digits and a sign between them; find x."""
     first, second = rng.randrange(1, 7), rng.randrange(1, 7)
-    find_whole = rng.random() < 0.5
-    whole = first + second
+    word = rng.choice(sorted(SIGNS))
+    if word == "minus":
+        first, second = max(first, second), min(first, second)
+    answer = first + second if word == "plus" else first - second
+    row = rng.randrange(draw.GRID) * draw.GRID
     pixels = draw.canvas(rng)
-    ink = draw.shade_of("black", rng)
-    top, left, split = rng.randrange(34, 40), rng.randrange(4, 8), rng.randrange(36, 48)
-    right = rng.randrange(76, 80)
-    pixels[top : top + 3, left:right] = ink
-    for tick in (left, split, right - 2):
-        pixels[top - 4 : top + 7, tick : tick + 2] = ink
-    shown = [str(first), str(second), "x"] if find_whole else [str(first), "x", str(whole)]
-    anchors = [(top - 26, (left + split) // 2), (top - 26, (split + right) // 2), (top + 14, (left + right) // 2)]
-    for text, (row, middle) in zip(shown, anchors, strict=True):
-        _write(pixels, text, row, middle, ink)
-    answer, rationale = (whole, f"{first} plus {second}") if find_whole else (second, f"{whole} minus {first}")
-    return Drawn(pixels, "Find x.", both_forms(str(answer)), "number", rationale)
-
-
-def _write(pixels: draw.Pixels, text: str, top: int, middle: int, ink: draw.Rgb) -> None:
-    """Digits side by side around a column; ``x`` is a small diagonal cross, as in a textbook."""
-    if text == "x":
-        for step in range(13):
-            for column in (middle - 6 + step, middle + 6 - step):
-                pixels[top + 4 + step, column : column + 3] = ink
-        return
-    for index, digit in enumerate(text):
-        left = middle - 6 * len(text) + 12 * index
-        draw.stamp(pixels, draw.glyph_mask(digit, 2), top + 3, left, ink)
+    ink = draw.shade_of(rng.choice(list(draw.COLORS)), rng)
+    for column, glyph in enumerate((str(first), SIGNS[word], str(second))):
+        draw.stamp_in_cell(pixels, draw.glyph_mask(glyph, 3), row + column, ink, rng)
+    return Drawn(pixels, "Find x.", both_forms(str(answer)), "number", f"{first} {word} {second}")
 
 
 def pathvqa(rng: random.Random) -> Drawn:
@@ -142,47 +124,43 @@ def pathvqa(rng: random.Random) -> Drawn:
 
 def superclevr(rng: random.Random) -> Drawn:
     """Super-CLEVR: counting, and comparing counts, of things by colour."""
-    first, second = rng.sample(list(draw.COLORS), 2)
-    counts = {first: rng.randrange(0, 5), second: rng.randrange(0, 4)}
+    first, second, *others = rng.sample(list(draw.COLORS), len(draw.COLORS))
+    counts = {first: rng.randrange(0, 4), second: rng.randrange(0, 4)}
     colors = [color for color, count in counts.items() for _ in range(count)]
-    others = [color for color in draw.COLORS if color not in counts]
-    colors += [rng.choice(others) for _ in range(rng.randrange(0, 9 - len(colors)))]
-    colors = colors or [rng.choice(others)]
-    things = scatter(rng, len(colors))
-    shuffled = rng.sample(colors, len(colors))
-    things = [type(t)(t.cell, color, t.shape) for t, color in zip(things, shuffled, strict=True)]
+    colors += rng.choices(others, k=rng.randrange(1, 3))
+    rng.shuffle(colors)
+    things = [replace(thing, color=color) for thing, color in zip(scatter(rng, len(colors)), colors, strict=True)]
     pixels = render(things, rng)
     if rng.random() < 0.6:
         rationale = " ".join([first] * counts[first]) or "none"
         return Drawn(pixels, f"How many {first} things?", both_forms(str(counts[first])), "number", rationale)
     label = "yes" if counts[first] > counts[second] else "no"
-    rationale = f"{NUMBER_WORDS[counts[first]]} {NUMBER_WORDS[counts[second]]}"
+    rationale = " ".join([first] * counts[first] + [second] * counts[second]) or "none"
     return Drawn(pixels, f"More {first} than {second}?", both_forms(label), "yes_no", rationale)
 
 
 def mmmu(rng: random.Random) -> Drawn:
-    """For MMMU: a lettered choice about the picture that no task asks. The row of a shape."""
-    things = scatter(rng, rng.randrange(3, 6), distinct_shapes=True)
+    """For MMMU: a choice about the picture that no task asks, answered by the option. The place of a shape."""
+    things = scatter(rng, rng.randrange(2, 5), distinct_shapes=True)
     thing = rng.choice(things)
-    rows = ["top", "middle", "bottom"]
-    truth = rows.pop(thing.cell // draw.GRID)
-    text, references = options(rng, truth, rows)
-    return Drawn(render(things, rng), f"Row of the {thing.shape}? {text}", references, "choice", truth)
+    truth = PLACES[thing.cell]
+    text, letter = options(rng, truth, [place for place in PLACES if place != truth])
+    return Drawn(render(things, rng), f"Where is the {thing.shape}? {text}", (truth, letter), "choice", truth)
 
 
 def mmlu_pro(rng: random.Random) -> Drawn:
-    """For MMLU-Pro: a lettered choice without a picture. The number after or before a number."""
+    """For MMLU-Pro: a choice without a picture, answered by the option. The number after or before a number."""
     number = rng.randrange(1, 18)
     step, word = rng.choice([(1, "after"), (-1, "before")])
     truth = NUMBER_WORDS[number + step]
     others = [w for w in NUMBER_WORDS if w not in (truth, NUMBER_WORDS[number])]
-    text, references = options(rng, truth, others)
-    return Drawn(None, f"What comes {word} {NUMBER_WORDS[number]}? {text}", references, "choice", truth)
+    text, letter = options(rng, truth, others)
+    return Drawn(None, f"What comes {word} {NUMBER_WORDS[number]}? {text}", (truth, letter), "choice", truth)
 
 
 def pope(rng: random.Random) -> Drawn:
     """For POPE: is a thing in the picture? Half of the questions name one that is not."""
-    things = scatter(rng, rng.randrange(3, 6), distinct_shapes=True)
+    things = scatter(rng, rng.randrange(2, 5), distinct_shapes=True)
     present = rng.random() < 0.5
     shown = {thing.shape for thing in things}
     asked = rng.choice(sorted(shown) if present else sorted(set(draw.SHAPES) - shown))
@@ -192,17 +170,23 @@ def pope(rng: random.Random) -> Drawn:
 
 
 def caption(rng: random.Random) -> Drawn:
-    """Seen in pretraining alone: name every cell, row by row. It teaches the base model to look."""
-    things = scatter(rng, rng.randrange(3, 9))
+    """Seen in pretraining alone: name all that is there, from place to thing or from thing to place. It teaches
+    the base model to look, in the words of the questions."""
+    things = scatter(rng, rng.randrange(2, 6))
     pixels = draw.canvas(rng)
-    names = ["none"] * (draw.GRID * draw.GRID)
-    for thing in things:
-        glyph = rng.choice(list(draw.GLYPHS)) if rng.random() < 0.3 else None
-        mask = draw.glyph_mask(glyph, 3) if glyph else draw.shape_mask(thing.shape, rng.randrange(9, 12))
-        draw.stamp_in_cell(pixels, mask, thing.cell, draw.shade_of(thing.color, rng), rng)
-        names[thing.cell] = f"{thing.color} {glyph or thing.shape}"
-    text = " ".join(names)
-    return Drawn(pixels, "Describe.", (text, text), "short_text", "all")
+    names = [(PLACES[thing.cell], thing.color, _caption_mark(pixels, thing, rng)) for thing in things]
+    backwards = rng.random() < 0.5
+    text = " ".join(" ".join(reversed(name) if backwards else name) for name in names)
+    return Drawn(pixels, "List things." if backwards else "List places.", (text, text), "short_text", "all")
+
+
+def _caption_mark(pixels: draw.Pixels, thing: Thing, rng: random.Random) -> str:
+    """Draw the thing, or a glyph in its stead; give its name."""
+    glyph = rng.choice(list(draw.GLYPHS)) if rng.random() < 0.4 else None
+    mask = draw.glyph_mask(glyph, 3) if glyph else draw.shape_mask(thing.shape, rng.randrange(9, 12))
+    draw.stamp_in_cell(pixels, mask, thing.cell, draw.shade_of(thing.color, rng), rng)
+    names = {sign: word for word, sign in SIGNS.items()}
+    return names.get(glyph, glyph) if glyph else thing.shape
 
 
 TASKS: dict[str, Callable[[random.Random], Drawn]] = {
