@@ -1,0 +1,104 @@
+"""``python -m eval``: evaluate any checkpoint on any parquet of the data contract, without an experiment."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from cpt_rft.config.schema import EvaluationConfig
+from cpt_rft.data.parquet import read_split
+from cpt_rft.errors import UserError
+from cpt_rft.prompts import PRESETS, STYLES
+from eval.harness import evaluate_checkpoint
+from eval.records import accuracy, read_records, record_path
+from eval.table import accuracy_table
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval",
+        description="Answer every row of the data with a checkpoint (greedy), score it, write one record a row.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face directory")
+    parser.add_argument("data", type=Path, nargs="+", help="parquet files of the data contract, one a task")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the records")
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), help="prompt styles")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="miniature", help="prompt preset")
+    parser.add_argument("--rows", type=int, help="only the first so many rows of each file")
+    parser.add_argument("--batch-size", type=int, default=50, help="rows answered together")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--samples", type=int, default=0, help="also draw this many samples a row at temperature 1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    try:
+        data, split = _tasks(options.data)
+        config = EvaluationConfig(
+            split=split,
+            rows=options.rows,
+            styles=tuple(options.styles),
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        options.out.mkdir(parents=True, exist_ok=True)
+        with Progress(console=Console(stderr=True)) as bars:
+            bar = bars.add_task("evaluating")
+            evaluate_checkpoint(
+                options.checkpoint,
+                data,
+                options.out,
+                config,
+                options.preset,
+                samples=options.samples,
+                dtype=options.dtype,
+                device=options.device,
+                progress=lambda done, total, what: _show(bars, bar, done, total, what),
+            )
+        cells: dict[tuple[str, str], dict[str, Any]] = {
+            (task, style): accuracy(read_records(record_path(options.out, task, style)))
+            for task in data
+            for style in config.styles
+        }
+        console.print(accuracy_table(cells))
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _show(bars: Progress, bar: TaskID, done: int, total: int, what: str) -> None:
+    bars.update(bar, completed=done, total=total, description=what)
+
+
+def _tasks(paths: Sequence[Path]) -> tuple[dict[str, Path], Literal["dev", "test"]]:
+    """The task of each file, and the one split of all."""
+    data: dict[str, Path] = {}
+    splits = set()
+    for path in paths:
+        rows = read_split(path)
+        if not rows:
+            raise UserError(f"{path} has no rows.", "name a file with rows")
+        data[rows[0].task] = path
+        splits.add(rows[0].split)
+    split = splits.pop()
+    if splits or split == "train" or len(data) < len(paths):
+        raise UserError(
+            f"The {len(paths)} files are not one file a task, all of dev or all of test.",
+            "name files of one split, each of another task",
+        )
+    return data, split
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The results as tables: rich for the terminal, Markdown for ``results/``, rows for the page."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from eval.results import NATIVE, SCORES
+from eval.words import ARROW, METRIC_NAMES, MINUS, NONE, SCORE_NAMES, bounds, number, seeds_text, short, signed, verdict
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table without a medium.
+
+    Attributes:
+        title: What it shows.
+        heads: One a column.
+        rows: Cells as text; a line break parts a value from its interval.
+        names: So many columns from the left hold names and are not numbers.
+        note: How to read it.
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int
+    note: str = ""
+
+    def rich(self) -> RenderableType:
+        """For the terminal; a name that repeats the one above is left out."""
+        table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+        for place, head in enumerate(self.heads):
+            name = place < self.names
+            table.add_column(head, justify="left" if name else "right", no_wrap=not name)
+        above = ""
+        for row in self.rows:
+            if above and row[0] != above:
+                table.add_section()
+            table.add_row("" if row[0] == above else row[0], *row[1:])
+            above = row[0]
+        return Group(table, Text(self.note, style="dim"), Text())
+
+    def markdown(self) -> str:
+        """For ``results/``."""
+        lines = [f"### {self.title}", "", _line(self.heads)]
+        lines.append(_line(["---"] * self.names + ["---:"] * (len(self.heads) - self.names)))
+        lines += [_line([cell.replace("\n", " ").replace("|", "\\|") for cell in row]) for row in self.rows]
+        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def sheets(results: Json) -> list[Sheet]:
+    """All tables of a run, the comparisons first."""
+    parts = [comparison_sheet(entry) for entry in results["comparisons"]]
+    return [*parts, arms_sheet(results), *([general_sheet(results)] if results["general"] else [])]
+
+
+def comparison_sheet(entry: Json) -> Sheet:
+    """The paired difference of two arms, natively and in each fixed style."""
+    rows = []
+    for view, scores in entry["views"].items():
+        for score in SCORES:
+            parts = scores[score]
+            bwt, *cells = (f"{signed(parts[m]['value'])}\n{bounds(parts[m]['examples'])}" for m in METRIC_NAMES)
+            rows.append((view, SCORE_NAMES[score], bwt, bounds(parts["bwt"]["seeds"]), *cells))
+    note = (
+        f"Points; in brackets 95 % intervals, paired over examples; beside BWT that over {seeds_text(entry['seeds'])}."
+    )
+    if not entry["comparable"]:
+        note += " The arms learned unequally (over 3 points apart): read the curve, not this point."
+    bwt_name, *names = METRIC_NAMES.values()
+    heads = ("prompt style", "score", bwt_name, "over seeds", *names)
+    return Sheet(f"{entry['first']} {MINUS} {entry['second']}", heads, tuple(rows), 2, note)
+
+
+def arms_sheet(results: Json) -> Sheet:
+    """Every method in both fixed styles, its native one first, strict and any form."""
+    rows = []
+    for name, method in results["methods"].items():
+        native = method["train_style"]
+        for style in sorted(results["styles"], key=lambda style: style != native):
+            for score in SCORES:
+                part = method["summary"][style][score]
+                label = f"{style}, native" if style == native else style
+                rows.append((name, label, SCORE_NAMES[score], *_arm_cells(part)))
+    heads = ("method", "prompt style", "score", "BWT", "over seeds", "FM", "FM null", "learned", "AvgAcc")
+    note = (
+        "Percent; in brackets 95 % intervals over examples, beside BWT that over seeds. Noise alone pulls FM down;"
+        " FM null is what it would be if nothing were forgotten."
+    )
+    return Sheet("Methods", heads, tuple(rows), 3, note)
+
+
+def _arm_cells(part: Json) -> list[str]:
+    bwt, fm, learned, avg_acc = (
+        f"{number(part[name]['value'])}\n{bounds(part[name]['examples'])}" if name in part else NONE
+        for name in METRIC_NAMES
+    )
+    seeds, null = (bounds(part["bwt"]["seeds"]), number(part["fm"]["null"]["mean"])) if "fm" in part else (NONE, NONE)
+    return [bwt, seeds, fm, null, learned, avg_acc]
+
+
+def general_sheet(results: Json) -> Sheet:
+    """Held-out abilities before and after, in the native style."""
+    rows = []
+    for name, method in results["methods"].items():
+        for score in SCORES:
+            table = method["summary"][NATIVE][score]["general"]
+            cells = [f"{number(row['before'])} {ARROW} {number(row['after'])}" for row in table.values()]
+            change = table["mean"]["change"]
+            span = f"{signed(change['value'])}\n{bounds(change['examples'])}"
+            rows.append((name, f"{method['train_style']}, native", SCORE_NAMES[score], *cells, span))
+    heads = ("method", "prompt style", "score", *(short(name) for name in results["general"]), "mean", "change")
+    note = "Percent, before the first task and after the last; never trained on."
+    return Sheet("General abilities", heads, tuple(rows), 3, note)
+
+
+def terminal(results: Json) -> RenderableType:
+    """Everything for the terminal."""
+    found = verdict(results)
+    lines = [
+        Text(found.answer, style="bold"),
+        *(Text(detail) for detail in found.details),
+        Text(about(results)),
+        Text(),
+    ]
+    return Group(*lines, *(sheet.rich() for sheet in sheets(results)))
+
+
+def markdown(results: Json) -> str:
+    """Everything as Markdown."""
+    found = verdict(results)
+    lead = [f"**{found.answer}**", "", *(f"- {detail}" for detail in (*found.details, about(results))), ""]
+    return "\n".join([*lead, *(sheet.markdown() for sheet in sheets(results))])
+
+
+def about(results: Json) -> str:
+    """Size, split and contract of a run."""
+    counts = sorted({results["rows"][task] for task in results["tasks"]})
+    size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    fingerprint = results["contract"]["fingerprint"][:12]
+    return f"{len(results['tasks'])} tasks, {size} {results['split']} rows each, evaluation contract {fingerprint}."
+
+
+def accuracy_table(cells: Mapping[tuple[str, str], Json]) -> RenderableType:
+    """Accuracy of one checkpoint by (task, style)."""
+    keys = ("strict", "lenient", "truncated", "no_answer")
+    rows = tuple(
+        (task, style, str(cell["rows"]), *(number(cell[key]) if key in SCORES else str(cell[key]) for key in keys))
+        for (task, style), cell in cells.items()
+    )
+    heads = ("task", "style", "rows", "strict %", "any form %", "truncated", "no answer")
+    return Sheet("Accuracy", heads, rows, 2).rich()
