@@ -1,0 +1,18 @@
+"""Log-probabilities of given tokens, always in float32."""
+
+import torch
+from torch import Tensor
+
+
+def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token under ``softmax(logits / temperature)``, (N,).
+
+    A token whose logit is ``-inf`` has no probability; the others share it.
+    """
+    logits_NV = logits_NV.float() if temperature == 1.0 else logits_NV.float() / temperature
+    return logits_NV.gather(-1, tokens_N[:, None]).squeeze(-1) - logits_NV.logsumexp(-1)
+
+
+def entropy(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy of ``softmax(logits / temperature)`` in nats, (N,)."""
+    return torch.special.entr((logits_NV.float() / temperature).softmax(-1)).sum(-1)

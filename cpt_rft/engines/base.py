@@ -1,0 +1,120 @@
+"""What an engine is: something that turns a stage into a checkpoint. Light to import; engines load on demand."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cpt_rft.config.schema import EngineConfig, MethodConfig
+
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training job.
+
+    Attributes:
+        directory: Work directory of the stage. The engine writes ``checkpoint/`` and ``train/log.jsonl`` into it, and
+            ``resume/`` while it trains.
+        parent: Checkpoint to start from.
+        base: Base checkpoint of the sequence, the reference policy.
+        tasks: One task, or all of them for joint training.
+        data: One parquet file of training rows a task.
+        method: What to optimise.
+        engine: How to compute; ``auto`` values already resolved (`resolve_engine`).
+        prompt_preset: Which prompt suffixes.
+        seed: Training seed.
+        seed_path: Prefix of every seed that belongs to this stage.
+    """
+
+    directory: Path
+    parent: Path
+    base: Path
+    tasks: tuple[str, ...]
+    data: tuple[Path, ...]
+    method: MethodConfig
+    engine: EngineConfig
+    prompt_preset: str
+    seed: int
+    seed_path: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One optimiser step, as reported and as one line of ``train/log.jsonl``. What a method has not is none.
+
+    Attributes:
+        step: Counts from 1.
+        steps: Steps of the stage (not in the log line).
+        loss: What was differentiated, summed over micro-batches.
+        reward: Mean reward of the completions.
+        accuracy: Mean strict score of the completions.
+        format: Share of completions in the form their style asks for.
+        kl: Mean k3 divergence from the reference a token.
+        length: Mean target or completion length in tokens.
+        truncated: Share of completions that the length limit ended.
+        grad_norm: Norm of the gradient before clipping; none if it was not finite.
+        lr: Learning rate of this step.
+        zero_variance: Share of groups whose rewards are all equal.
+        skipped: Steps of this stage skipped so far because loss or gradient was not finite.
+        seconds: Wall time of the step.
+        tokens: Target or completion tokens in the loss.
+        entropy: Mean entropy of the policy a completion token, in nats.
+        rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    skipped: int
+    seconds: float
+    tokens: int
+    length: float
+    reward: float | None = None
+    accuracy: float | None = None
+    format: float | None = None
+    kl: float | None = None
+    truncated: float | None = None
+    zero_variance: float | None = None
+    entropy: float | None = None
+    rollout_gap: float | None = None
+
+    def line(self) -> str:
+        """The line of the log, without its newline."""
+        fields = {key: value for key, value in asdict(self).items() if key != "steps"}
+        rounded = {
+            key: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for key, value in fields.items()
+        }
+        return json.dumps(rounded)
+
+
+class Engine(Protocol):
+    """Trains one stage. Killed and called again, it goes on where it was and ends with the same bits."""
+
+    def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
+        """Write the stage's checkpoint and log.
+
+        Raises:
+            TrainingError: Too many steps had a loss or gradient that is not finite.
+            CheckpointError: The parent or the base cannot be loaded.
+            DataError: A row cannot be used by the method.
+        """
+        ...
+
+
+def get_engine(config: EngineConfig) -> Engine:
+    """The engine that a configuration names."""
+    from cpt_rft.engines.local.train import LocalEngine
+
+    return LocalEngine()
+
+
+def resolve_engine(config: EngineConfig) -> EngineConfig:
+    """The same configuration with ``auto`` replaced by what this machine has; done once a run, then kept."""
+    from cpt_rft.engines.local.runtime import resolve
+
+    return resolve(config)

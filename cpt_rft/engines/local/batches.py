@@ -1,0 +1,27 @@
+"""Which rows make which step."""
+
+import math
+from collections.abc import Sequence
+
+from cpt_rft.data.example import Example
+from cpt_rft.data.parquet import read_split
+from cpt_rft.engines.base import Stage
+from cpt_rft.seeds import python_random
+
+
+def stage_batches(stage: Stage) -> list[list[Example]]:
+    """The rows of each step of a stage: every row once an epoch, in an order that is the same for all methods."""
+    by_task = dict(zip(stage.tasks, stage.data, strict=True))
+    rows = [row for task in sorted(by_task) for row in read_split(by_task[task])]
+    return batches(rows, "+".join(sorted(by_task)), stage.seed, stage.method.epochs, stage.method.prompts_per_step)
+
+
+def batches(rows: Sequence[Example], task: str, seed: int, epochs: int, size: int) -> list[list[Example]]:
+    """``epochs`` shuffled passes end to end, cut into batches of ``size``; only the last may be smaller."""
+    random = python_random("batches", seed, task)
+    stream: list[Example] = []
+    for _ in range(epochs):
+        epoch = list(rows)
+        random.shuffle(epoch)
+        stream += epoch
+    return [stream[index * size : (index + 1) * size] for index in range(math.ceil(len(stream) / size))]

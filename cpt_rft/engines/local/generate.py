@@ -1,0 +1,159 @@
+"""Completions of prompts, for training and for evaluation alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpt_rft.checkpoint import EncodedPrompt, Policy, vision_token_ids
+from cpt_rft.engines.local.network import Cache, Network
+
+KEEP_ABOVE = 0.75  # share of unfinished rows above which the batch is left as it is
+
+
+class Completion(NamedTuple):
+    """What the model wrote.
+
+    Attributes:
+        token_ids: The tokens, with the end token if it came.
+        logprobs: Their log-probabilities under the distribution they came from: vision tokens excluded, at the
+            sampling temperature (1 for greedy decoding).
+        finish: ``stop`` at an end token, ``length`` at the limit.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length"]
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    group: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: Sequence[int] | None = None,
+) -> list[list[Completion]]:
+    """Write ``group`` completions for each prompt.
+
+    A prompt and its pictures are processed once for its whole group, and finished completions leave the batch.
+    Each prompt draws from its own seed, so that its completions do not depend on the prompts beside it.
+
+    Args:
+        policy: The model; a vision token has no probability, whatever its logit.
+        prompts: At least one.
+        group: Completions a prompt.
+        max_new_tokens: Tokens a completion, the end token among them.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        seeds: One a prompt; needed above temperature 0.
+
+    Raises:
+        ValueError: Seeds are missing, or not one a prompt.
+    """
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+        raise ValueError("sampling needs one seed a prompt")
+    network = Network(policy.model)
+    device = str(network.device)
+    contexts = network.contexts(prompts)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
+    columns = torch.arange(contexts.width + max_new_tokens, device=device)
+    empty = columns < (contexts.width - contexts.lengths)[rows, None]
+    state = _Decoding(
+        alive=torch.arange(len(rows), device=device),
+        caches=[cache.select(rows) for cache in network.prefill(contexts, max_new_tokens)],
+        bias=torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))[:, None],
+        positions=contexts.last_positions[rows],
+        tokens=contexts.last_ids[rows],
+    )
+    draws = _uniform(seeds, group, max_new_tokens).to(device) if seeds is not None and temperature > 0 else None
+    ends = end_token_ids(policy, device)
+    banned = suppression(policy, network.device)
+    written = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
+    lengths = torch.full((len(rows),), max_new_tokens, device=device)
+    stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        column = contexts.width + step
+        bias = state.bias[:, :, : column + 1]
+        logits = network.decode(state.tokens, state.positions + step, state.caches, column, bias).float() + banned
+        tokens, chosen = _choose(logits, temperature, None if draws is None else draws[state.alive, step])
+        # Without numbers there is no choice: the completion ends, and the loss on it is not finite either.
+        tokens = torch.where(chosen.isnan(), ends[0], tokens)
+        written[state.alive, step] = tokens
+        logprobs[state.alive, step] = chosen
+        ended = torch.isin(tokens, ends) & ~stopped[state.alive]
+        finished = state.alive[ended]
+        lengths[finished], stopped[finished] = step + 1, True
+        going = ~stopped[state.alive]
+        if not bool(going.any()):
+            break
+        state = state.advance(tokens, going)
+    completions = [
+        Completion(ids[:n], logps[:n], "stop" if stop else "length")
+        for ids, logps, n, stop in zip(
+            written.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+        )
+    ]
+    return [completions[start : start + group] for start in range(0, len(completions), group)]
+
+
+def suppression(policy: Policy, device: torch.device) -> Tensor:
+    """(V,) zeros, with -inf at every token that must never be written; added to logits in rollout and in training."""
+    bias = torch.zeros(policy.model.config.text_config.vocab_size, device=device)
+    bias[vision_token_ids(policy)] = float("-inf")
+    return bias
+
+
+def end_token_ids(policy: Policy, device: str | torch.device = "cpu") -> Tensor:
+    """The tokens that end a completion, as the checkpoint's generation configuration names them."""
+    ends = policy.model.generation_config.eos_token_id
+    return torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """The completions in the batch: those still being written, and a few that are done."""
+
+    alive: Tensor
+    caches: list[Cache]
+    bias: Tensor
+    positions: Tensor
+    tokens: Tensor
+
+    def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding":
+        """The state for the next token. Rows that are done leave once they are many enough to be worth a copy."""
+        if going.double().mean() > KEEP_ABOVE:
+            return replace(self, tokens=tokens)
+        rows = going.nonzero().squeeze(1)
+        return _Decoding(
+            alive=self.alive[rows],
+            caches=[cache.select(rows) for cache in self.caches],
+            bias=self.bias[rows],
+            positions=self.positions[rows],
+            tokens=tokens[rows],
+        )
+
+
+def _choose(logits: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The next tokens (A,) and their log-probabilities (A,)."""
+    logprobs = (logits / temperature if draws is not None else logits).log_softmax(-1)
+    if draws is None:
+        tokens = logprobs.argmax(-1)
+    else:
+        cumulative = logprobs.exp().double().cumsum(-1)
+        # The first token whose cumulative share exceeds the draw: a token of probability zero is never the first.
+        tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # only where nothing is a number
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _uniform(seeds: Sequence[int], group: int, length: int) -> Tensor:
+    """Draws in [0, 1 - 2^-32], (prompts * group, length), a prompt's from its own seed; a longer limit only adds."""
+    draws = [
+        torch.rand(length, group, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(draws).transpose(1, 2).flatten(0, 1).clamp_(max=1.0 - 2.0**-32)

@@ -1,0 +1,139 @@
+"""Steps of AdamW on float32 master weights, whatever the arithmetic of the model."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cpt_rft.config.schema import MethodConfig
+from cpt_rft.errors import TrainingError
+
+
+class StepOutcome(NamedTuple):
+    """Norm of the gradient before clipping (none if not finite), the learning rate, and whether weights moved."""
+
+    grad_norm: float | None
+    lr: float
+    moved: bool
+
+
+class Optimiser:
+    """AdamW over all weights of a model as one flat vector.
+
+    The model's parameters become views of one buffer in the arithmetic's dtype, their gradients views of another:
+    clipping and the update are then one operation each instead of one a parameter. Gradients of micro-batches add up
+    in float32.
+
+    Args:
+        model: A float32 model; its parameters are replaced in place by parameters of ``dtype``.
+        method: Learning rate, schedule, decay, clipping.
+        steps: Steps of the stage.
+        dtype: Arithmetic of forward and backward.
+        max_skipped: More steps than this without a finite loss and gradient end the stage.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: MethodConfig, steps: int, *, dtype: torch.dtype, max_skipped: int
+    ) -> None:
+        self.method, self.steps, self.max_skipped, self.skipped = method, steps, max_skipped, 0
+        named = list(model.named_parameters())
+        self.shapes = {name: parameter.shape for name, parameter in named}
+        self.master = nn.Parameter(torch.cat([parameter.detach().float().flatten() for _, parameter in named]))
+        self.master.grad = torch.zeros_like(self.master)
+        same = dtype == torch.float32
+        self.weights = self.master.detach() if same else self.master.detach().to(dtype)
+        self.gradients = self.master.grad if same else torch.zeros_like(self.weights)
+        views = zip(self._views(self.weights), self._views(self.gradients), strict=True)
+        for (_, parameter), (weight, gradient) in zip(named, views, strict=True):
+            parameter.data = weight
+            parameter.grad = gradient
+        self.adam = torch.optim.AdamW(
+            [self.master], lr=method.lr, betas=method.betas, weight_decay=method.weight_decay, fused=True
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+        loss.backward()
+        if self.gradients is not self.master.grad:
+            assert self.master.grad is not None
+            self.master.grad.add_(self.gradients)
+            self.gradients.zero_()
+
+    def step(self, step: int, loss: float) -> StepOutcome:
+        """Move the weights by the gradient gathered since the last step, or skip if it is not finite.
+
+        Args:
+            step: Counts from 0.
+            loss: The loss whose gradient it is.
+
+        Raises:
+            TrainingError: Too many steps were skipped.
+        """
+        gradient = self.master.grad
+        assert gradient is not None
+        lr = learning_rate(self.method, step, self.steps)
+        norm = float(gradient.norm())
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            gradient.zero_()
+            self.skipped += 1
+            if self.skipped > self.max_skipped:
+                raise TrainingError(
+                    f"Loss or gradient was not finite in {self.skipped} steps, at last in step {step + 1}.",
+                    f"lower the learning rate (it is {self.method.lr:g}) or train in float32 (engine.dtype=float32)",
+                )
+            return StepOutcome(None, lr, False)
+        if norm > self.method.max_grad_norm:
+            gradient.mul_(self.method.max_grad_norm / norm)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        gradient.zero_()
+        self._publish()
+        return StepOutcome(norm, lr, True)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """The float32 weights by name.
+
+        Raises:
+            TrainingError: A weight is not finite, so that nothing may be saved.
+        """
+        if not bool(torch.isfinite(self.master).all()):
+            raise TrainingError("A weight is not finite; nothing was saved.", "lower the learning rate")
+        return dict(zip(self.shapes, self._views(self.master.detach()), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on with the same bits."""
+        self.named_weights()
+        return {"master": self.master.detach(), "adam": self.adam.state_dict(), "skipped": self.skipped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        with torch.no_grad():
+            self.master.copy_(state["master"])
+        self.adam.load_state_dict(state["adam"])
+        self.skipped = state["skipped"]
+        self._publish()
+
+    def _publish(self) -> None:
+        """Give the model the new weights."""
+        if self.weights.dtype != torch.float32:
+            self.weights.copy_(self.master.detach())
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes.values(), strict=True)]
+
+
+def learning_rate(method: MethodConfig, step: int, steps: int) -> float:
+    """The rate of a step (from 0): a linear warm-up that ends at the full rate, then constant or half a cosine to zero.
+
+    Source: transformers get_cosine_schedule_with_warmup. Differs from: the first step has rate 1 / warm-up steps of the
+    full rate, not zero.
+    """
+    warmup = math.ceil(method.warmup_ratio * steps)
+    if step < warmup:
+        return method.lr * (step + 1) / warmup
+    if method.schedule == "constant":
+        return method.lr
+    return method.lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,39 @@
+"""What the machine offers: device, arithmetic, threads."""
+
+import torch
+
+from cpt_rft.config.schema import EngineConfig
+from cpt_rft.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve(config: EngineConfig) -> EngineConfig:
+    """Replace ``auto`` by this machine's device and by bfloat16 where its arithmetic units take it.
+
+    Raises:
+        ConfigError: The configuration asks for a GPU that is not there.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device is {device}, but this machine has no usable GPU.", "set engine.device=auto")
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if _has_bfloat16(device) else "float32"
+    return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def prepare(config: EngineConfig) -> tuple[torch.dtype, str]:
+    """Set the threads of this process and give the arithmetic and the device of a configuration."""
+    resolved = resolve(config)
+    torch.set_num_threads(resolved.threads)
+    return _DTYPES[resolved.dtype], resolved.device
+
+
+def _has_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is computed as such, not emulated (which is slower than float32)."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
