@@ -18,8 +18,16 @@ from cpt_rft.errors import StageError, UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-# Libraries in C++ and Rust wrap the system's error in a text of their own.
-_FULL_TEXTS = ("No space left on device", "os error 28", "File too large", "os error 27", "Disk quota exceeded")
+# Libraries in C++ and Rust wrap the system's error in a text of their own; torch.save loses it altogether.
+_FULL_TEXTS = (
+    "No space left on device",
+    "os error 28",
+    "File too large",
+    "os error 27",
+    "Disk quota exceeded",
+    "basic_ios::clear: iostream error",
+    "PytorchStreamWriter failed writing",
+)
 
 
 class FileRecord(NamedTuple):

@@ -77,7 +77,7 @@ class Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._convert(loader, child, (*keys, i), name, lines) for i, child in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return loader.construct_object(node)
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)

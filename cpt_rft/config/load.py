@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from cpt_rft.config.document import Document, Keys
 from cpt_rft.config.nearest import nearest
-from cpt_rft.config.schema import METHOD_KINDS, EngineConfig, Experiment
+from cpt_rft.config.schema import METHOD_KINDS, Experiment
 from cpt_rft.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -101,7 +101,9 @@ def _explain(errors: list[ErrorDetails], model: type[BaseModel], document: Docum
     if inner is not None:
         return ConfigError(f"{place}: {shown}: {inner}.", "change the value")
     # The members of a union fail one by one at the same place.
-    reasons = [error["msg"] for error in errors if document.place(error["loc"]) == place and error["loc"][:1] == keys[:1]]
+    reasons = [
+        error["msg"] for error in errors if document.place(error["loc"]) == place and error["loc"][:1] == keys[:1]
+    ]
     reason = " or ".join(dict.fromkeys(reason.removeprefix("Input should be ") for reason in reasons))
     while keys and keys not in document.places:
         keys = keys[:-1]
@@ -149,7 +151,9 @@ def _method_class(document: Document, name: str) -> type[BaseModel]:
     kind = document.data["methods"][name].get("kind")
     keys: Keys = ("methods", name, "kind")
     if not isinstance(kind, str):
-        raise ConfigError(f"{document.place(keys)}: the key 'methods.{name}.kind' is missing.", "write kind: sft or grpo")
+        raise ConfigError(
+            f"{document.place(keys)}: the key 'methods.{name}.kind' is missing.", "write kind: sft or grpo"
+        )
     _known_or_refuse("kind", kind, METHOD_KINDS, document.place(keys))
     return METHOD_KINDS[kind]
 
@@ -161,9 +165,13 @@ def _expand_methods(document: Document, path: Path) -> None:
     if isinstance(written, list):
         for index, name in enumerate(written):
             if not isinstance(name, str):
-                raise ConfigError(f"{document.place(('methods', index))}: {name!r} is no name of a method.", "write a name")
+                raise ConfigError(
+                    f"{document.place(('methods', index))}: {name!r} is no name of a method.", "write a name"
+                )
             if name in written[:index]:
-                raise ConfigError(f"{document.place(('methods', index))}: the method {name!r} is listed twice.", "keep one")
+                raise ConfigError(
+                    f"{document.place(('methods', index))}: the method {name!r} is listed twice.", "keep one"
+                )
         named = [(name, Document({}), document.place(("methods", i))) for i, name in enumerate(written)]
     elif isinstance(written, dict):
         named = [(name, document.sub(("methods", name)), document.place(("methods", name))) for name in written]

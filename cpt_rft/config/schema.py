@@ -192,9 +192,9 @@ class Experiment(_Strict):
     engine: EngineConfig
     """What trains: a name of configs/engines/*.yaml, or changes to one."""
     data: DataConfig
-    """Which rows."""
+    """Source, seed and number of the rows."""
     evaluation: EvaluationConfig
-    """How every checkpoint is scored."""
+    """What every checkpoint is scored on, and how."""
     output: str
     """Run directory, relative to where the command is given."""
     workers: Literal["auto"] | PositiveInt = "auto"

@@ -1,0 +1,1 @@
+"""A study as chains of stages: plan, run, resume, lineage."""

@@ -1,0 +1,171 @@
+"""What one worker does: check and resolve, score the base model, or take a chain from stage to stage."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cpt_rft.config.load import dump
+from cpt_rft.config.schema import Experiment
+from cpt_rft.engines.base import StepLog
+from cpt_rft.errors import CheckpointError
+from cpt_rft.manifest import check_checkpoint
+from cpt_rft.sequence.lineage import StageState, first_problem, survey
+from cpt_rft.sequence.plan import Chain, Cost, Selection, chain_label, evaluation_cost, training_cost
+from cpt_rft.sequence.rundir import Run, read_run
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work for one worker.
+
+    Attributes:
+        kind: ``base`` scores the base model, ``chain`` trains and scores a chain.
+        method: Method of the chain.
+        order: Order of the chain.
+        seed: Seed of the chain.
+        stages: Names of the stages to do.
+        train: Whether to train what is missing.
+        evaluate: Whether to score what is not scored.
+    """
+
+    kind: Literal["base", "chain"]
+    method: str = ""
+    order: int = 0
+    seed: int = 0
+    stages: tuple[str, ...] = ()
+    train: bool = True
+    evaluate: bool = True
+
+    @classmethod
+    def of(cls, chain: Chain, states: list[StageState], *, train: bool = True, evaluate: bool = True) -> "Job":
+        """The job of doing some stages of a chain."""
+        names = tuple(state.stage.name for state in states)
+        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate)
+
+    @property
+    def label(self) -> str:
+        """How messages and bars name it."""
+        return "base" if self.kind == "base" else chain_label(self.method, self.order, self.seed)
+
+    def chain(self, run: Run) -> Chain:
+        """The chain of the job."""
+        selection = Selection(methods=(self.method,), orders=(self.order,), seeds=(self.seed,))
+        return selection.chains(run.experiment, run.directory)[0]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for the worker's first line."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Job":
+        """The inverse of `as_json`."""
+        return cls(**{**data, "stages": tuple(data["stages"])})
+
+
+class Meter:
+    """Turns steps and batches into the share of a job that is done, and reports it at a bearable rate."""
+
+    def __init__(self, emit: Emit, parts: list[Cost]) -> None:
+        self.emit = emit
+        self.total = sum(part.work for part in parts) or 1.0
+        self.before = 0.0
+        self.last = 0.0
+
+    def at(self, cost: Cost, done: int, total: int, text: str) -> None:
+        """Report that ``done`` of ``total`` of a part are done."""
+        now = time.monotonic()
+        if done == total or now - self.last > 0.2:
+            self.last = now
+            share = (self.before + cost.work * done / max(total, 1)) / self.total
+            self.emit({"event": "progress", "share": share, "text": text})
+
+    def finish(self, cost: Cost, text: str) -> None:
+        """A part is done."""
+        self.before += cost.work
+        self.emit({"event": "part", "share": self.before / self.total, "text": text})
+
+
+def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
+    """Check the base checkpoint; return the engine's configuration with ``auto`` replaced by what is there."""
+    from cpt_rft.checkpoint import verify_checkpoint
+    from cpt_rft.engines.base import resolve_engine
+
+    verify_checkpoint(base)
+    return dump(resolve_engine(experiment.engine))
+
+
+def do_job(directory: Path, job: Job, emit: Emit) -> None:
+    """Do a job in this process.
+
+    Raises:
+        UserError: It cannot be done here and now.
+    """
+    run = read_run(directory)
+    if job.kind == "base":
+        _do_base(run, emit)
+        return
+    chain = job.chain(run)
+    states = survey(run, chain)
+    problem = first_problem(states)
+    if problem is not None:
+        raise problem
+    _do_chain(run, chain, job, [state for state in states if state.stage.name in job.stages], emit)
+
+
+def _do_base(run: Run, emit: Emit) -> None:
+    from cpt_rft.sequence.stages import evaluate_stage
+
+    cost = evaluation_cost(run.experiment, base=True)
+    meter = Meter(emit, [cost])
+    run.base.check(full=True)
+    evaluate_stage(
+        run,
+        run.base.directory,
+        run.base_directory / "eval",
+        run.base.sha256,
+        lambda done, total, what: meter.at(cost, done, total, f"scoring {what}"),
+        samples=run.experiment.evaluation.base_samples,
+    )
+    meter.finish(cost, "scored")
+
+
+def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Emit) -> None:
+    from cpt_rft.sequence.stages import anew, evaluate_stage, train_stage
+
+    training = {state.stage.name: training_cost(run.experiment, chain.method, state.stage) for state in todo}
+    scoring = evaluation_cost(run.experiment)
+    parts = [training[state.stage.name] for state in todo if job.train and state.manifest is None]
+    meter = Meter(emit, parts + [scoring for state in todo if job.evaluate and not state.evaluated])
+    for state in todo:
+        stage, manifest = state.stage, state.manifest
+        where = f"{stage.index}/{len(chain.stages)} {stage.name}"
+        if manifest is None and job.train:
+            cost = training[stage.name]
+
+            def report(line: StepLog, cost: Cost = cost, where: str = where) -> None:
+                meter.at(cost, line.step, line.steps, f"{where} step {line.step}/{line.steps} {_gist(line)}")
+
+            manifest = train_stage(run, chain, stage, state.identity, report)
+            meter.finish(cost, f"{where} trained")
+        if job.evaluate and not state.evaluated:
+            if manifest is None:
+                raise CheckpointError(f"{stage.directory} is not there.", f"train {stage.name} first")
+            checkpoint = stage.directory / "checkpoint"
+            check_checkpoint(checkpoint, manifest.files, full=True, fix=anew(stage))
+
+            def progress(done: int, total: int, what: str, where: str = where) -> None:
+                meter.at(scoring, done, total, f"{where} scoring {what}")
+
+            evaluate_stage(run, checkpoint, stage.directory / "eval", manifest.checkpoint_sha256, progress)
+            meter.finish(scoring, f"{where} scored")
+
+
+def _gist(line: StepLog) -> str:
+    """The one number that tells how a step went."""
+    if line.reward is not None:
+        return f"reward {line.reward:.2f}"
+    return "skipped" if line.loss is None else f"loss {line.loss:.3f}"

@@ -1,0 +1,134 @@
+"""Where every stage of a chain stands: what it should be, what is there, and whether the two agree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cpt_rft.config.load import dump
+from cpt_rft.errors import StageError, UserError
+from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
+from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
+from cpt_rft.sequence.plan import Chain, StagePlan
+from cpt_rft.sequence.rundir import Run
+
+EVALUATION_NAME = "evaluation.json"
+Word = Literal["done", "trained", "in work", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage as it should be and as it is.
+
+    Attributes:
+        stage: Its place in the plan.
+        identity: What it must be.
+        manifest: What was published, if anything readable was.
+        evaluated: Whether its records are complete.
+        problem: Why what is there cannot be used, if it cannot.
+    """
+
+    stage: StagePlan
+    identity: dict[str, Any]
+    manifest: Manifest | None = None
+    evaluated: bool = False
+    problem: UserError | None = None
+
+    @property
+    def word(self) -> Word:
+        """The state in one or two words."""
+        if self.problem is not None:
+            return "broken"
+        if self.manifest is not None:
+            return "done" if self.evaluated else "trained"
+        return "in work" if self.stage.partial.exists() else "missing"
+
+    def is_stale(self, code: str) -> bool:
+        """Whether other code than this made the stage."""
+        return self.manifest is not None and self.manifest.provenance["code"] != code
+
+
+def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
+    """The state of every stage of a chain, in order.
+
+    Args:
+        run: The run directory.
+        chain: The chain.
+        full: Hash every file; otherwise names and sizes only.
+    """
+    states = []
+    parent_identity = parent_weights = run.base.sha256
+    for stage in chain.stages:
+        identity = stage_identity(run, chain, stage, parent_identity)
+        state = StageState(stage, identity)
+        if stage.directory.exists():
+            state = _inspect(run, state, parent_weights, full=full)
+        states.append(state)
+        parent_identity = sha256_json(identity)
+        # Where the parent is to be made anew, its weights will be the same: the identity says so.
+        parent_weights = state.manifest.checkpoint_sha256 if state.manifest else ""
+    return states
+
+
+def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dict[str, Any]:
+    """All that decides a stage's weights, as plain JSON."""
+    experiment = run.experiment
+    engine = experiment.engine
+    return {
+        "format": 1,
+        "parent": parent,
+        "base": run.base.sha256,
+        "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
+        "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
+        "method": dump(chain.method),
+        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+        "prompt_preset": experiment.data.prompt_preset,
+        "seed": chain.seed,
+        "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],
+    }
+
+
+def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) -> StageState:
+    stage = state.stage
+    anew = f"delete {stage.directory} and give the same command again to make the stage anew"
+    try:
+        manifest = read_manifest(stage.directory)
+        found = differences(manifest.identity, state.identity)
+        if found:
+            raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", anew)
+        if parent_weights and manifest.provenance["parent_sha256"] != parent_weights:
+            raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", anew)
+        check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=anew)
+    except UserError as error:
+        return StageState(stage, state.identity, problem=error)
+    evaluated = is_evaluated(run, stage.directory / "eval", manifest.checkpoint_sha256, full=full)
+    return StageState(stage, state.identity, manifest, evaluated)
+
+
+def first_problem(states: Sequence[StageState]) -> UserError | None:
+    """The first problem along a chain."""
+    return next((state.problem for state in states if state.problem is not None), None)
+
+
+def evaluation_key(run: Run, weights: str) -> str:
+    """A hash of all that decides the records of a checkpoint."""
+    experiment = run.experiment
+    names = (*experiment.tasks, *experiment.evaluation.general)
+    split = experiment.evaluation.split
+    return sha256_json(
+        {
+            "weights": weights,
+            "evaluation": dump(experiment.evaluation),
+            "prompt_preset": experiment.data.prompt_preset,
+            "data": {name: run.data.hashes[f"{name}/{split}"] for name in names},
+        }
+    )
+
+
+def is_evaluated(run: Run, directory: Path, weights: str, *, full: bool = False) -> bool:
+    """Whether a directory of records is complete, and of these weights."""
+    note = read_json(directory / EVALUATION_NAME)
+    if note.get("key") != evaluation_key(run, weights) or not note.get("files"):
+        return False
+    files = {name: FileRecord(*record) for name, record in note["files"].items()}
+    return tree_problem(directory, files, full=full) is None

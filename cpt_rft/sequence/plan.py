@@ -1,0 +1,202 @@
+"""Which chains of stages an experiment asks for, and what each will cost."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cpt_rft.config.nearest import nearest
+from cpt_rft.config.schema import Experiment, GrpoMethod, MethodConfig
+from cpt_rft.errors import ConfigError
+
+JOINT_STAGE = "multitask"
+# Estimates only; nothing depends on them but what `plan` prints and how far a progress bar moves.
+PROMPT_TOKENS = 48
+LABEL_TOKENS = {"direct": 4, "cot": 24}
+RECORD_BYTES = 600
+ROW_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a chain.
+
+    Attributes:
+        index: Position in the chain, from 1.
+        name: The task, or ``multitask`` for a joint method's only stage.
+        tasks: Tasks that it trains on.
+        directory: Where it is published.
+    """
+
+    index: int
+    name: str
+    tasks: tuple[str, ...]
+    directory: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where it is made before it is published."""
+        return self.directory.with_name(f"{self.directory.name}.partial")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One method, order and seed: stage after stage, each from the checkpoint of the one before."""
+
+    experiment: Experiment
+    run_dir: Path
+    method: MethodConfig
+    order_index: int
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """How messages and bars name it."""
+        return chain_label(self.method.name, self.order_index, self.seed)
+
+    @property
+    def directory(self) -> Path:
+        """The directory of its stages."""
+        return self.run_dir / self.method.name / f"order{self.order_index}" / f"seed{self.seed}"
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Its stages in order."""
+        order = self.experiment.all_orders[self.order_index]
+        parts = [(JOINT_STAGE, order)] if self.method.joint else [(task, (task,)) for task in order]
+        return tuple(
+            StagePlan(index, name, tasks, self.directory / f"{index}_{name}")
+            for index, (name, tasks) in enumerate(parts, start=1)
+        )
+
+    def stage(self, name: str) -> StagePlan:
+        """The stage of a task.
+
+        Raises:
+            ConfigError: The chain has no such stage.
+        """
+        names = [stage.name for stage in self.stages]
+        _refuse_unknown("task", name, names)
+        return self.stages[names.index(name)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of an experiment that a command is about; empty means all."""
+
+    methods: tuple[str, ...] = ()
+    orders: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    task: str | None = None
+
+    def chains(self, experiment: Experiment, run_dir: Path) -> tuple[Chain, ...]:
+        """The selected chains; a joint method does not depend on the order, so it has order 0 only.
+
+        Raises:
+            ConfigError: A selected method, order, seed or task is not in the experiment.
+        """
+        _refuse_unknown("method", self.methods, list(experiment.methods))
+        _refuse_unknown("order", self.orders, list(range(len(experiment.all_orders))))
+        _refuse_unknown("seed", self.seeds, list(experiment.seeds))
+        if self.task is not None:
+            _refuse_unknown("task", self.task, [*experiment.tasks, JOINT_STAGE])
+        return tuple(
+            Chain(experiment, run_dir, method, order, seed)
+            for name, method in experiment.methods.items()
+            if name in (self.methods or experiment.methods)
+            for order in self.orders or range(len(experiment.all_orders))
+            if order == 0 or not method.joint
+            for seed in self.seeds or experiment.seeds
+        )
+
+
+def chain_label(method: str, order: int, seed: int) -> str:
+    """A short name of a chain; the usual order is not mentioned.
+
+    >>> chain_label("sft", 0, 2), chain_label("grpo", 1, 0)
+    ('sft seed2', 'grpo order1 seed0')
+    """
+    return f"{method} order{order} seed{seed}" if order else f"{method} seed{seed}"
+
+
+def _refuse_unknown(noun: str, asked: Sequence[object] | str, known: Sequence[object]) -> None:
+    for value in (asked,) if isinstance(asked, str) else asked:
+        if value not in known:
+            near = nearest(str(value), [str(name) for name in known])
+            fix = f"use one of {', '.join(map(str, known))}"
+            raise ConfigError(f"command line: unknown {noun} {value!r}, the nearest is {near!r}.", fix)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage or an evaluation takes, estimated.
+
+    Attributes:
+        rows: Rows trained on or scored.
+        steps: Optimizer steps.
+        read: Tokens processed in parallel (prompts and targets).
+        written: Tokens generated one after the other.
+    """
+
+    rows: int
+    steps: int
+    read: int
+    written: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return self.read + self.written
+
+    @property
+    def work(self) -> float:
+        """Time in arbitrary units, for progress bars: training reads a token three times, generating costs more."""
+        return (3.0 if self.steps else 1.0) * self.read + 2.0 * self.written
+
+
+def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
+    """What training a stage takes; completions count in full length."""
+    rows = experiment.data.train * len(stage.tasks)
+    prompts = rows * method.epochs
+    steps = math.ceil(prompts / method.prompts_per_step)
+    if isinstance(method, GrpoMethod):
+        completions = prompts * method.group * method.max_new_tokens
+        return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
+    return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+
+
+def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
+    """What scoring one checkpoint on everything takes; the base model is sampled too."""
+    evaluation = experiment.evaluation
+    there: int = getattr(experiment.data, evaluation.split)
+    rows_a_task = min(evaluation.rows or there, there)
+    rows = rows_a_task * (len(experiment.tasks) + len(evaluation.general)) * len(evaluation.styles)
+    written = sum(min(evaluation.max_new_tokens, LABEL_TOKENS[style]) for style in evaluation.styles)
+    written = written * rows // len(evaluation.styles) * (1 + evaluation.base_samples * base)
+    return Cost(rows, 0, rows * PROMPT_TOKENS, written)
+
+
+def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
+    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
+    stages = sum(len(chain.stages) for chain in chains)
+    data = experiment.data
+    rows = len(experiment.tasks) * (data.train + data.dev + data.test) + len(experiment.evaluation.general) * (
+        data.dev + data.test
+    )
+    records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
+    in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
+    return stages * checkpoint_bytes + in_work + rows * ROW_BYTES + records
+
+
+def describe(experiment: Experiment, chains: Sequence[Chain]) -> Iterator[tuple[str, str, str, int, int, int]]:
+    """One row a stage for the table of ``plan``: chain, stage, parent, rows, steps, tokens."""
+    base = evaluation_cost(experiment, base=True)
+    yield "base", "evaluate", "-", base.rows, 0, base.tokens
+    scoring = evaluation_cost(experiment).tokens
+    for chain in chains:
+        parent = "base"
+        for stage in chain.stages:
+            cost = training_cost(experiment, chain.method, stage)
+            yield chain.label, f"{stage.index}_{stage.name}", parent, cost.rows, cost.steps, cost.tokens + scoring
+            parent = f"{stage.index}_{stage.name}"

@@ -1,0 +1,155 @@
+"""One stage: train in a work directory, verify, publish by one rename; then score what was published."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cpt_rft.checkpoint import verify_checkpoint
+from cpt_rft.data.parquet import read_split, rows_hash
+from cpt_rft.engines.base import Stage, StepLog, get_engine
+from cpt_rft.errors import CheckpointError, DataError, UserError
+from cpt_rft.files import hash_tree, publish_directory, read_json, read_json_lines, sha256_json, write_json_atomic
+from cpt_rft.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    check_checkpoint,
+    code_sha256,
+    make_provenance,
+    read_manifest,
+    write_manifest,
+)
+from cpt_rft.sequence.lineage import EVALUATION_NAME, evaluation_key
+from cpt_rft.sequence.plan import Chain, StagePlan
+from cpt_rft.sequence.rundir import Run
+from eval.harness import evaluate_checkpoint
+
+BEGUN_NAME = "begun.json"
+
+
+def train_stage(
+    run: Run, chain: Chain, stage: StagePlan, identity: dict[str, Any], report: Callable[[StepLog], None]
+) -> Manifest:
+    """Train a stage, or go on with it, and publish it.
+
+    Raises:
+        CheckpointError: Its parent is not there or not what was published.
+        DataError: Its rows are not those that were prepared.
+        TrainingError: Training cannot go on.
+    """
+    parent, parent_sha256 = parent_of(run, chain, stage)
+    if not _is_ready(stage.partial, identity):
+        begun = _begin(stage.partial, identity)
+        for task in stage.tasks:
+            _check_rows(run, task)
+        work = Stage(
+            directory=stage.partial,
+            parent=parent,
+            base=run.base.directory,
+            tasks=stage.tasks,
+            data=tuple(run.data.path(task, "train") for task in stage.tasks),
+            method=chain.method,
+            engine=run.experiment.engine,
+            prompt_preset=run.experiment.data.prompt_preset,
+            seed=chain.seed,
+            seed_path=tuple(identity["seed_path"]),
+        )
+        get_engine(run.experiment.engine).train(work, report)
+        verify_checkpoint(stage.partial / "checkpoint")
+        provenance = make_provenance(
+            stage.partial / "checkpoint",
+            code=begun["code"],
+            started=begun["started"],
+            train_seconds=sum(line["seconds"] for line in read_json_lines(stage.partial / "train" / "log.jsonl")),
+            parent_sha256=parent_sha256,
+        )
+        write_manifest(stage.partial, Manifest(identity, provenance))
+    (stage.partial / BEGUN_NAME).unlink(missing_ok=True)
+    publish_directory(stage.partial, stage.directory)
+    return read_manifest(stage.directory)
+
+
+def evaluate_stage(
+    run: Run, checkpoint: Path, out: Path, weights: str, progress: Callable[[int, int, str], None], *, samples: int = 0
+) -> None:
+    """Score a checkpoint on every task and general ability, and note that the records are complete.
+
+    Args:
+        run: The run directory.
+        checkpoint: What to score; its files were checked.
+        out: Directory of the records.
+        weights: Hash of the checkpoint.
+        progress: Told rows done, rows in all and what is being answered.
+        samples: Answers a row at temperature 1 besides the greedy one.
+    """
+    experiment = run.experiment
+    config = experiment.evaluation
+    key = evaluation_key(run, weights)
+    # Records of other weights would be taken for these.
+    if read_json(out / EVALUATION_NAME).get("key", key) != key:
+        shutil.rmtree(out)
+    out.mkdir(exist_ok=True)
+    write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": None})
+    evaluate_checkpoint(
+        checkpoint,
+        {name: run.data.path(name, config.split) for name in (*experiment.tasks, *config.general)},
+        out,
+        config,
+        experiment.data.prompt_preset,
+        samples=samples,
+        dtype=config.dtype,
+        device=experiment.engine.device,
+        progress=progress,
+    )
+    files = {name: list(record) for name, record in hash_tree(out).items() if name != EVALUATION_NAME}
+    write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": files})
+
+
+def parent_of(run: Run, chain: Chain, stage: StagePlan) -> tuple[Path, str]:
+    """The checkpoint to start from and its hash, every byte checked."""
+    if stage.index == 1:
+        run.base.check(full=True)
+        return run.base.directory, run.base.sha256
+    before = chain.stages[stage.index - 2]
+    if not before.directory.is_dir():
+        raise CheckpointError(f"The parent stage {before.directory} is not there.", f"train {before.name} first")
+    manifest = read_manifest(before.directory)
+    check_checkpoint(before.directory / "checkpoint", manifest.files, full=True, fix=anew(before))
+    return before.directory / "checkpoint", manifest.checkpoint_sha256
+
+
+def anew(stage: StagePlan) -> str:
+    """How to make a stage again."""
+    return f"delete {stage.directory} and give the same command again to make the stage anew"
+
+
+def _begin(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Make or take up a work directory; one of another identity is of no use to anyone and goes."""
+    begun = read_json(partial / BEGUN_NAME)
+    if partial.exists() and begun.get("identity_sha256") != sha256_json(identity):
+        shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        begun = {"identity_sha256": sha256_json(identity), "code": code_sha256(), "started": time.time()}
+        write_json_atomic(partial / BEGUN_NAME, begun)
+    return begun
+
+
+def _is_ready(partial: Path, identity: dict[str, Any]) -> bool:
+    """Whether a killed process had come as far as the manifest, so that only the rename is left."""
+    if not (partial / MANIFEST_NAME).exists():
+        return False
+    try:
+        manifest = read_manifest(partial)
+        check_checkpoint(partial / "checkpoint", manifest.files, full=True, fix="")
+    except UserError:
+        return False
+    return manifest.identity == identity
+
+
+def _check_rows(run: Run, task: str) -> None:
+    path = run.data.path(task, "train")
+    if rows_hash(read_split(path)) != run.data.hashes[f"{task}/train"]:
+        fix = f"delete {run.data.directory} and give the same command again; the same rows are drawn"
+        raise DataError(f"{path} holds other rows than were prepared.", fix)
