@@ -1,6 +1,6 @@
-"""Prompt styles: what is appended to a problem, and what a supervised target looks like.
+r"""Prompt styles: what is appended to a problem, and what a supervised target looks like.
 
-``cot`` asks for reasoning in ``<think>`` tags and the answer in ``\\boxed{}``; ``direct`` asks for the bare
+``cot`` asks for reasoning in ``<think>`` tags and the answer in ``\boxed{}``; ``direct`` asks for the bare
 answer. A preset fixes both suffixes. Train and test, SFT and RFT all render through `user_text`.
 """
 

@@ -6,8 +6,8 @@ import pytest
 
 from cpt_rft.checkpoint import load_policy
 from cpt_rft.miniature.audit import Cell, failures, gains, measure
-from cpt_rft.miniature.model import build_model, train_tokenizer, write_base
 from cpt_rft.miniature.corpus import tokenizer_corpus
+from cpt_rft.miniature.model import build_model, train_tokenizer, write_base
 from cpt_rft.miniature.world import make_rows
 
 FIT = [Cell(f"t{index}", style, 40.0, 60.0, 70.0) for index in range(4) for style in ("cot", "direct")]

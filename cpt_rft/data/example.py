@@ -53,7 +53,9 @@ class Example:
                 f"write exactly one {IMAGE_TAG} a picture in 'problem'",
             )
         if len(self.image_paths) != len(self.images):
-            raise DataError(f"Row {self.id}: {len(self.image_paths)} paths for {len(self.images)} pictures.", "pair them")
+            raise DataError(
+                f"Row {self.id}: {len(self.image_paths)} paths for {len(self.images)} pictures.", "pair them"
+            )
         if self.kind not in get_args(Kind):
             raise DataError(f"Row {self.id}: unknown kind {self.kind!r}.", f"use one of {', '.join(get_args(Kind))}")
         if self.split not in get_args(Split):

@@ -23,12 +23,14 @@ from cpt_rft.data.prepare import PreparedData, prepare
 from cpt_rft.engines.base import Stage, get_engine, resolve_engine
 from cpt_rft.engines.local import runtime
 from cpt_rft.engines.local.generate import generate
+from cpt_rft.engines.local.objective import chunks
 from cpt_rft.errors import CheckpointError
 from cpt_rft.prompts import STYLES, Style, user_text
 from cpt_rft.scoring import score
 from cpt_rft.seeds import derive_seed
 
 SAMPLES = 8
+BATCH = 16  # prompts; larger batches leave the processor's caches
 STRICT_RANGE = (20.0, 65.0)
 SKILL_RANGE = (40.0, 80.0)
 MIXED_AT_LEAST = 50.0
@@ -59,9 +61,7 @@ def measure(policy: Policy, rows: Sequence[Example], style: Style, preset: str, 
     """Sample every row eight times at temperature 1 and score the samples."""
     prompts = encode_prompts(policy, [(row.images, user_text(row, style, preset)) for row in rows])
     seeds = [derive_seed("audit", row.id, style) for row in rows]
-    groups = generate(
-        policy, prompts, group=SAMPLES, max_new_tokens=max_new_tokens, temperature=1.0, seeds=seeds
-    )
+    groups = generate(policy, prompts, group=SAMPLES, max_new_tokens=max_new_tokens, temperature=1.0, seeds=seeds)
     strict, skill, mixed = 0.0, 0.0, 0
     for row, group in zip(rows, groups, strict=True):
         scores = [
@@ -107,7 +107,9 @@ def failures(tasks: Sequence[Cell], general: Sequence[Cell], joint: Sequence[Cel
     ]
     gaining = [name for name, gain in gains(tasks, joint).items() if gain >= GAIN_AT_LEAST]
     if len(gaining) < TASKS_GAINING:
-        found.append(f"only {len(gaining)} tasks gain {GAIN_AT_LEAST:g} points of any-form skill under multitask training")
+        found.append(
+            f"only {len(gaining)} tasks gain {GAIN_AT_LEAST:g} points of any-form skill under multitask training"
+        )
     return found
 
 

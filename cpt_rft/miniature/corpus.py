@@ -34,7 +34,8 @@ def reading(drawn: Drawn, style: Style, form: int) -> Reading:
 
 def draw_reading(task: str, direct_share: float, rng: random.Random) -> Reading:
     """A fresh training row. A task is answered in either form as often as in the other, as an instruct model that
-    nobody has told which one to use; general abilities always in the first form; captions in the direct style."""
+    nobody has told which one to use; general abilities always in the first form; captions in the direct style.
+    """
     drawn = next(draw_rows(task, "train", rng))
     style: Style = "direct" if task in PRETRAINING or rng.random() < direct_share else "cot"
     return reading(drawn, style, rng.randrange(2) if task in TASKS else 0)

@@ -26,6 +26,7 @@ from cpt_rft.errors import ConfigError
 from cpt_rft.files import atomic_path, sha256_json, write_json_atomic
 from cpt_rft.miniature.corpus import Reading, draw_reading, tokenizer_corpus
 from cpt_rft.miniature.model import build_model, train_tokenizer, write_base
+from cpt_rft.miniature.tasks import PRETRAINING
 from cpt_rft.miniature.world import DRAWN
 from cpt_rft.progress import make_display
 from cpt_rft.seeds import derive_seed, python_random
@@ -54,6 +55,7 @@ class PretrainConfig(BaseModel):
     corpus_rows: PositiveInt
     init_scale: PositiveFloat
     direct_share: Fraction
+    caption_steps: Annotated[int, Field(ge=0)]
     dtype: Literal["float32", "bfloat16"]
     save_every: PositiveInt
     share: Mapping[str, float]
@@ -101,7 +103,8 @@ def load_config(path: Path) -> PretrainConfig:
 def rows_of_step(config: PretrainConfig, step: int) -> list[Reading]:
     """The fresh rows of one step; they depend on the seed and the step alone, so that a resumed run draws the same."""
     rng = python_random("pretrain", config.seed, step)
-    tasks = rng.choices(list(config.share), list(config.share.values()), k=config.rows_per_step)
+    share = config.share if step >= config.caption_steps else dict.fromkeys(PRETRAINING, 1.0)
+    tasks = rng.choices(list(share), list(share.values()), k=config.rows_per_step)
     return [draw_reading(task, config.direct_share, rng) for task in tasks]
 
 
@@ -153,7 +156,9 @@ def pretrain(config: PretrainConfig, out: Path, work: Path) -> None:
             display.update("pretrain", (step + 1) / config.steps, text)
             if (step + 1) % config.save_every == 0:
                 with atomic_path(state) as partial:
-                    torch.save({"recipe": config.recipe_hash, "step": step + 1, "optimiser": optimiser.state()}, partial)
+                    torch.save(
+                        {"recipe": config.recipe_hash, "step": step + 1, "optimiser": optimiser.state()}, partial
+                    )
     publish(config, optimiser.named_weights(), tokenizer, out)
     shutil.rmtree(work)
 

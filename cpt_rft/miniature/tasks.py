@@ -171,18 +171,19 @@ def pope(rng: random.Random) -> Drawn:
 
 def caption(rng: random.Random) -> Drawn:
     """Seen in pretraining alone: name all that is there, from place to thing or from thing to place. It teaches
-    the base model to look, in the words of the questions."""
+    the base model to look, in the words of the questions.
+    """
     things = scatter(rng, rng.randrange(2, 6))
     pixels = draw.canvas(rng)
     names = [(PLACES[thing.cell], thing.color, _caption_mark(pixels, thing, rng)) for thing in things]
-    backwards = rng.random() < 0.5
+    backwards = rng.random() < 1 / 3
     text = " ".join(" ".join(reversed(name) if backwards else name) for name in names)
     return Drawn(pixels, "List things." if backwards else "List places.", (text, text), "short_text", "all")
 
 
 def _caption_mark(pixels: draw.Pixels, thing: Thing, rng: random.Random) -> str:
     """Draw the thing, or a glyph in its stead; give its name."""
-    glyph = rng.choice(list(draw.GLYPHS)) if rng.random() < 0.4 else None
+    glyph = rng.choice(list(draw.GLYPHS)) if rng.random() < 0.3 else None
     mask = draw.glyph_mask(glyph, 3) if glyph else draw.shape_mask(thing.shape, rng.randrange(9, 12))
     draw.stamp_in_cell(pixels, mask, thing.cell, draw.shade_of(thing.color, rng), rng)
     names = {sign: word for word, sign in SIGNS.items()}

@@ -1,0 +1,26 @@
+"""Numbers: equal in value; words such as ``three`` only where the references list them."""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from cpt_rft.scoring import short_text
+
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,40}(?:\.[0-9]{1,40})?")
+
+
+def parse(text: str) -> Decimal | None:
+    """The value of a plain decimal of at most 80 digits, else none.
+
+    >>> parse("+3.0") == parse("3"), parse("3e9")
+    (True, None)
+    """
+    return Decimal(text) if _DECIMAL.fullmatch(text) else None
+
+
+def matches(candidate: str, references: Sequence[str]) -> bool:
+    """Whether the candidate has the value, or the wording, of a reference."""
+    value = parse(candidate)
+    if value is not None and any(value == parse(reference.strip()) for reference in references):
+        return True
+    return short_text.matches(candidate, references)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The tests: the fast tier, or with --full all that a landing needs. Other arguments go to pytest (fast tier).
+# Usage: scripts/test.sh [--full | pytest arguments]
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+setup_venv local,dev
+cd "$ROOT"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+python="$VENV/bin/python"
+[ "${1:-}" = --full ] || exec "$python" -m pytest -q "$@"
+step lint "$python" -m ruff check .
+step format "$python" -m ruff format --check .
+step types "$python" -m mypy
+step "fast tests" "$python" -m pytest -q --cov --cov-report=
+step coverage "$python" -m coverage report --fail-under=95 --include="$COVERED"
+step "full tests" "$python" -m pytest -q -m full
+step "base in its consumers" bash scripts/check_base.sh
+step mutations bash scripts/mutate.sh
+finish
