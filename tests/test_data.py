@@ -98,14 +98,14 @@ def test_missing_and_cut_files_are_named(tmp_path: Path, rows: list[Example]) ->
 
 
 def test_prepare_is_idempotent_and_locked(tmp_path: Path) -> None:
-    config = DataConfig(train=4, dev=2, test=3)
+    config = DataConfig(train=4, dev=2, test=3, general=5)
     data = prepare(config, ["mini_gqa"], ["mini_pope"], tmp_path)
     assert data.rows == {
         "mini_gqa/train": 4,
         "mini_gqa/dev": 2,
         "mini_gqa/test": 3,
-        "mini_pope/dev": 2,
-        "mini_pope/test": 3,
+        "mini_pope/dev": 5,
+        "mini_pope/test": 5,
     }
     before = (tmp_path / LOCK_NAME).read_bytes(), data.path("mini_gqa", "train").stat().st_mtime_ns
     assert prepare(config, ["mini_gqa"], ["mini_pope"], tmp_path) == data

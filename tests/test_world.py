@@ -60,8 +60,13 @@ def test_no_picture_or_pictureless_question_crosses_a_split(task: str) -> None:
 
 
 def test_no_row_repeats_within_a_split() -> None:
-    rows = make_rows("mini_mmlu_pro", "test", 200, 0)
-    assert len({row.problem for row in rows}) == 200
+    rows = make_rows("mini_mmlu_pro", "test", 100, 0)
+    assert len({row.problem for row in rows}) == 100
+
+
+def test_more_rows_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mini_mmlu_pro/dev has only \d+ distinct rows, not 2000"):
+        make_rows("mini_mmlu_pro", "dev", 2000, 0)
 
 
 def test_pretraining_reads_train_rows_only() -> None:

@@ -135,6 +135,8 @@ class DataConfig(_Strict):
     """Rows a task for every choice (learning rate, steps, matching)."""
     test: PositiveInt
     """Rows a task for published numbers only."""
+    general: PositiveInt = 100
+    """Rows a general ability, in dev and in test."""
     prompt_preset: str = "miniature"
     """Which prompt suffixes (cpt_rft/prompts.py)."""
 

@@ -66,7 +66,8 @@ def prepare(
         if key in lock["splits"]:
             continue
         progress(key)
-        rows = make_rows(task, split, getattr(config, split), config.seed)
+        count = config.general if task in general else getattr(config, split)
+        rows = make_rows(task, split, count, config.seed)
         path = directory / task / f"{split}.parquet"
         path.parent.mkdir(exist_ok=True)
         write_split(path, rows)

@@ -23,7 +23,6 @@ from cpt_rft.data.prepare import PreparedData, prepare
 from cpt_rft.engines.base import Stage, get_engine, resolve_engine
 from cpt_rft.engines.local import runtime
 from cpt_rft.engines.local.generate import generate
-from cpt_rft.engines.local.objective import chunks
 from cpt_rft.errors import CheckpointError
 from cpt_rft.prompts import STYLES, Style, user_text
 from cpt_rft.scoring import score

@@ -21,6 +21,7 @@ from cpt_rft.seeds import python_random
 
 DRAWN = {**TASKS, **GENERAL, **PRETRAINING}
 _BUCKETS = 10
+_PATIENCE = 1000  # repeats in a row after which a task counts as exhausted
 
 
 def split_of(drawn: Drawn) -> Split:
@@ -42,20 +43,26 @@ def make_rows(task: str, split: Split, count: int, seed: int) -> list[Example]:
     """``count`` rows without a repeated picture (or, without pictures, a repeated question).
 
     Raises:
-        ConfigError: The task is unknown.
+        ConfigError: The task is unknown, or has fewer distinct rows than that.
     """
     if task not in DRAWN:
         raise ConfigError(f"Unknown miniature task {task!r}.", f"use one of {', '.join(DRAWN)}")
     rows: list[Example] = []
     seen: set[bytes] = set()
-    for drawn in draw_rows(task, split, python_random("world", seed, task, split)):
-        if len(rows) == count:
-            break
+    repeats = 0
+    stream = draw_rows(task, split, python_random("world", seed, task, split))
+    while len(rows) < count:
+        drawn = next(stream)
         content = drawn.question.encode() if drawn.pixels is None else drawn.pixels.tobytes()
-        if content in seen:
-            continue
-        seen.add(content)
-        rows.append(to_example(drawn, task, split, len(rows)))
+        repeats = repeats + 1 if content in seen else 0
+        if repeats == _PATIENCE:
+            raise ConfigError(
+                f"{task}/{split} has only {len(rows)} distinct rows, not {count}.",
+                f"ask for at most {len(rows)} (data.{split}, or data.general for a general ability)",
+            )
+        if not repeats:
+            seen.add(content)
+            rows.append(to_example(drawn, task, split, len(rows)))
     return rows
 
 
