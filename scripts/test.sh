@@ -13,6 +13,6 @@ step types "$python" -m mypy
 step "fast tests" "$python" -m pytest -q --cov --cov-report=
 step coverage "$python" -m coverage report --fail-under=95 --include="$COVERED"
 step "full tests" "$python" -m pytest -q -m full
-step "base in its consumers" bash scripts/check_base.sh
+step "base in its consumers" bash scripts/check_base.sh cpt_rft/miniature/base
 step mutations bash scripts/mutate.sh
 finish

@@ -64,6 +64,7 @@ def test_the_demo_on_a_fresh_clone(tmp_path):
     clone = tmp_path / "clone"
     copy_tree(clone)
     output, seconds, peak = start(clone)
+    print(f"first start: {seconds:.0f} s, peak {peak / 1e9:.2f} GB")
     run = clone / "runs/miniature"
     assert str(run / "report.html") in output or "runs/miniature/report.html" in output
     assert (run / "report.html").stat().st_size > 10_000
@@ -72,5 +73,6 @@ def test_the_demo_on_a_fresh_clone(tmp_path):
 
     results = json.loads((run / "results.json").read_text())
     _, seconds, _ = start(clone)
+    print(f"second start: {seconds:.1f} s")
     assert seconds < SECOND_START_SECONDS
     assert without_times(json.loads((run / "results.json").read_text())) == without_times(results)

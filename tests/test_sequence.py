@@ -108,7 +108,7 @@ def test_costs_by_hand():
     sft = training_cost(study, chains["sft"].method, chains["sft"].stages[0])
     assert (sft.rows, sft.steps, sft.read, sft.written) == (20, 3, 40 * (48 + 4), 0)
     grpo = training_cost(study, chains["grpo"].method, chains["grpo"].stages[0])
-    assert (grpo.steps, grpo.written, grpo.read) == (3, 40 * 8 * 32, 40 * 48 + 40 * 8 * 32)
+    assert (grpo.steps, grpo.written, grpo.read) == (3, 40 * 8 * 24, 40 * 48 + 40 * 8 * 24)
     scored = evaluation_cost(study)
     assert (scored.rows, scored.read, scored.written) == (10 * 5 * 2, 100 * 48, 50 * (4 + 24))
     assert evaluation_cost(study, base=True).written == 9 * scored.written

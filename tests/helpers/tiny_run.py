@@ -33,7 +33,7 @@ methods:
   sft: {{prompts_per_step: 4, micro_batch: 2}}
   grpo: {{prompts_per_step: 4, micro_batch: 4, group: 2, max_new_tokens: 4}}
 engine: {{name: local, dtype: float32, device: cpu, save_every: 1}}
-data: {{train: 12, dev: 4, test: 4}}
+data: {{train: 12, dev: 4, test: 4, general: 4}}
 evaluation: {{batch_size: 4, max_new_tokens: 4, general: [mini_pope], base_samples: 1}}
 """
 

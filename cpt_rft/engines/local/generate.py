@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpt_rft.checkpoint import EncodedPrompt, Policy, vision_token_ids
 from cpt_rft.engines.local.network import Cache, Network
+from cpt_rft.engines.local.packing import Contexts
 
 KEEP_ABOVE = 0.75  # share of unfinished rows above which the batch is left as it is
 
@@ -59,16 +60,8 @@ def generate(
     network = Network(policy.model)
     device = str(network.device)
     contexts = network.contexts(prompts)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    columns = torch.arange(contexts.width + max_new_tokens, device=device)
-    empty = columns < (contexts.width - contexts.lengths)[rows, None]
-    state = _Decoding(
-        alive=torch.arange(len(rows), device=device),
-        caches=[cache.select(rows) for cache in network.prefill(contexts, max_new_tokens)],
-        bias=torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))[:, None],
-        positions=contexts.last_positions[rows],
-        tokens=contexts.last_ids[rows],
-    )
+    state = _begin(network, contexts, group, max_new_tokens)
+    rows = state.alive
     draws = _uniform(seeds, group, max_new_tokens).to(device) if seeds is not None and temperature > 0 else None
     ends = end_token_ids(policy, device)
     banned = suppression(policy, network.device)
@@ -92,13 +85,34 @@ def generate(
         if not bool(going.any()):
             break
         state = state.advance(tokens, going)
-    completions = [
+    return _completions(written, logprobs, lengths, stopped, group)
+
+
+def _completions(
+    written: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor, group: int
+) -> list[list[Completion]]:
+    """Cut every row to its length and gather the rows of each prompt."""
+    columns = (written.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
+    rows = [
         Completion(ids[:n], logps[:n], "stop" if stop else "length")
-        for ids, logps, n, stop in zip(
-            written.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
-        )
+        for ids, logps, n, stop in zip(*columns, strict=True)
     ]
-    return [completions[start : start + group] for start in range(0, len(completions), group)]
+    return [rows[start : start + group] for start in range(0, len(rows), group)]
+
+
+def _begin(network: Network, contexts: Contexts, group: int, room: int) -> "_Decoding":
+    """Every completion before its first token, ``group`` a prompt; each prompt is computed once."""
+    device = contexts.ids.device
+    rows = torch.arange(contexts.rows, device=device).repeat_interleave(group)
+    columns = torch.arange(contexts.width + room, device=device)
+    empty = columns < (contexts.width - contexts.lengths)[rows, None]
+    return _Decoding(
+        alive=torch.arange(len(rows), device=device),
+        caches=[cache.select(rows) for cache in network.prefill(contexts, room)],
+        bias=torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))[:, None],
+        positions=contexts.last_positions[rows],
+        tokens=contexts.last_ids[rows],
+    )
 
 
 def suppression(policy: Policy, device: torch.device) -> Tensor:
