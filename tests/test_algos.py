@@ -98,6 +98,16 @@ def test_clipping(ratio: float, advantage: float, loss: float, flows: bool) -> N
     assert bool(logprobs.grad.count_nonzero()) is flows
 
 
+def test_the_first_step_on_policy_is_the_plain_policy_gradient() -> None:
+    """One tensor as both policies: the ratio is 1, yet the gradient is minus the advantage, as of old values."""
+    logprobs = torch.tensor([-0.5, -2.0], requires_grad=True)
+    losses = clipped_policy_loss(logprobs, logprobs, torch.tensor([1.5, -0.5]))
+    losses.sum().backward()
+    assert losses.tolist() == [-1.5, 0.5]
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [-1.5, 0.5]
+
+
 def test_micro_batches_add_up_to_the_whole_batch() -> None:
     values, mask = torch.randn(6, 5), (torch.rand(6, 5) < 0.6).float()
     tokens = mask.sum()
