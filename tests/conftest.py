@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -15,6 +16,10 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(name, value)
+
+# The same examples in every run, however slow the machine: a chance failure would pass for a killed mutation.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -35,7 +40,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """A test that draws numbers draws the same in every run: a chance failure would pass for a killed mutation."""
+    """A test that draws numbers draws the same in every run: as with Hypothesis above."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)

@@ -41,7 +41,7 @@ def k3_divergence(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
     (low_var_kl), with its limits of 20 on the log-ratio and 10 on the value, beyond which the gradient is zero.
     """
     log_ratio_T = (reference_T - logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (log_ratio_T.exp() - log_ratio_T - 1.0).clamp(-MAX_KL, MAX_KL)
+    return (log_ratio_T.expm1() - log_ratio_T).clamp(-MAX_KL, MAX_KL)
 
 
 def clipped_policy_loss(
