@@ -321,3 +321,10 @@ def test_the_penalty_of_the_loss_is_its_weighted_mean() -> None:
     kl = find_estimator("k2")(sampled.logprobs_ST, sampled.reference_ST)
     difference = policy_objective(loss, sampled, size, kl=KlPenalty("k2", 0.5)) - policy_objective(loss, sampled, size)
     torch.testing.assert_close(difference, 0.5 * aggregate("sequence", kl, sampled.mask_ST, size))
+
+
+def test_the_size_of_the_log_ratio() -> None:
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    sizes = find_estimator("abs")(logprobs, torch.tensor([-1.5, -1.0]))
+    assert sizes.tolist() == [0.5, 1.0]
+    assert gradient(sizes.sum(), logprobs).tolist() == [1.0, -1.0]

@@ -25,9 +25,9 @@ class StepSize(NamedTuple):
 
 
 def pad_rows(values_N: Tensor, lengths_S: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A flat row of tokens as one row a sequence, padded right with zeros, and its mask.
+    """A flat row of tokens as one row a sequence, padded right with zeros, and its mask; differentiable.
 
-    Source: none; a change of layout. Gradients flow back to ``values_N``.
+    Source: none; a change of layout.
 
     >>> values, mask = pad_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
     >>> values.tolist(), mask.tolist()

@@ -116,7 +116,7 @@ def adaptive_coefficient(
 ) -> float:
     """The coefficient after a step that saw a mean divergence of ``observed`` on ``sequences`` completions.
 
-    Source: arXiv 1909.08593 section 2.2; EasyR1@b44b311 verl/trainer/core_algos.py AdaptiveKLController.update.
+    Source: arXiv 1909.08593; EasyR1@b44b311 verl/trainer/core_algos.py AdaptiveKLController.update.
     """
     error = min(max(observed / target - 1.0, -CONTROLLER_STEP), CONTROLLER_STEP)
     return coefficient * (1.0 + error * sequences / horizon)

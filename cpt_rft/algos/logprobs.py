@@ -16,8 +16,8 @@ def token_logprobs(logits_NV: Tensor, tokens_N: Tensor, *, temperature: float = 
 
 
 def entropy(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of ``softmax(logits / temperature)`` in nats, (N,).
+    """Entropy of ``softmax(logits / temperature)`` in nats, (N,); a token without probability adds nothing.
 
-    Source: Shannon; TRL@v1.16.0 trl/trainer/grpo_trainer.py (entropy bonus). A token without probability adds nothing.
+    Source: Shannon; TRL@v1.16.0 trl/trainer/grpo_trainer.py (entropy bonus).
     """
     return torch.special.entr((logits_NV.float() / temperature).softmax(-1)).sum(-1)

@@ -34,7 +34,7 @@ def log_ratios(level: RatioLevel, logprobs_ST: Tensor, old_ST: Tensor, mask_ST: 
     the same value, but each token's gradient is its own (GSPO-token). ``sequence_sum``: that of the whole sequence
     (RLOO).
 
-    Source: GSPO, arXiv 2507.18071 equations 7 and 14; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss;
+    Source: GSPO, arXiv 2507.18071; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss;
     TRL@v1.16.0 trl/trainer/rloo_trainer.py _compute_loss (sequence_sum).
     """
     difference_ST = only_real(logprobs_ST - old_ST.detach(), mask_ST)
