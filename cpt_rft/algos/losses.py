@@ -119,13 +119,13 @@ def find_loss(name: str) -> PolicyLoss:
 
 
 def policy_losses(loss: PolicyLoss, batch: Sampled) -> tuple[Tensor, Tensor]:
-    """Losses a token (S, T) before any penalty, and the log-ratios that they saw; nothing but zeros on padding.
+    """Losses a token (S, T) before any penalty, and the log-ratios that they saw; padding holds no meaning.
 
     Source: none; chooses among the functions of ``policy``.
     """
     mask_ST = batch.mask_ST
     logprobs_ST = only_real(batch.logprobs_ST, mask_ST)
-    advantages_ST = only_real(batch.advantages_ST.detach().expand_as(logprobs_ST), mask_ST)
+    advantages_ST = batch.advantages_ST.detach()
     log_ratio_ST = log_ratios(loss.ratio, logprobs_ST, batch.old_ST, mask_ST)
     if loss.bound == "cispo":
         losses_ST = cispo_loss(
@@ -167,9 +167,8 @@ def policy_objective(
     losses_ST, log_ratio_ST = policy_losses(loss, batch)
     if kl is not None and kl.coefficient:
         assert batch.reference_ST is not None
-        kl_ST = find_estimator(kl.estimator)(
-            only_real(batch.logprobs_ST, batch.mask_ST), only_real(batch.reference_ST, batch.mask_ST).detach()
-        )
+        logprobs_ST = only_real(batch.logprobs_ST, batch.mask_ST)
+        kl_ST = find_estimator(kl.estimator)(logprobs_ST, batch.reference_ST.detach())
         losses_ST = losses_ST + kl.coefficient * (ratio_corrected(kl_ST, log_ratio_ST) if kl.corrected else kl_ST)
     total = aggregate(loss.aggregate, losses_ST, batch.mask_ST, size)
     if entropy_coefficient:
