@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eval.records import COUNTED_APART
 from eval.results import NATIVE, SCORES
 from eval.words import ARROW, METRIC_NAMES, MINUS, NONE, SCORE_NAMES, bounds, number, seeds_text, short, signed, verdict
 
@@ -154,10 +155,11 @@ def about(results: Json) -> str:
 
 def accuracy_table(cells: Mapping[tuple[str, str], Json]) -> RenderableType:
     """Accuracy of one checkpoint by (task, style)."""
-    keys = ("strict", "lenient", "truncated", "no_answer")
+    keys = (*SCORES, *COUNTED_APART)
     rows = tuple(
         (task, style, str(cell["rows"]), *(number(cell[key]) if key in SCORES else str(cell[key]) for key in keys))
         for (task, style), cell in cells.items()
     )
-    heads = ("task", "style", "rows", "strict %", "any form %", "truncated", "no answer")
+    apart = tuple(status.replace("_", " ") for status in COUNTED_APART)
+    heads = ("task", "style", "rows", "strict %", "any form %", *apart)
     return Sheet("Accuracy", heads, rows, 2).rich()
