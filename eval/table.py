@@ -63,7 +63,8 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 def sheets(results: Json) -> list[Sheet]:
     """All tables of a run, the comparisons first."""
     parts = [comparison_sheet(entry) for entry in results["comparisons"]]
-    return [*parts, arms_sheet(results), *([general_sheet(results)] if results["general"] else [])]
+    general = [general_sheet(results)] if results["general"] else []
+    return [*parts, arms_sheet(results), *general, apart_sheet(results)]
 
 
 def comparison_sheet(entry: Json) -> Sheet:
@@ -124,6 +125,23 @@ def general_sheet(results: Json) -> Sheet:
     heads = ("method", "prompt style", "score", *(short(name) for name in results["general"]), "mean", "change")
     note = "Percent, before the first task and after the last; never trained on."
     return Sheet("General abilities", heads, tuple(rows), 3, note)
+
+
+def apart_sheet(results: Json) -> Sheet:
+    """Responses that are counted apart, of each method at the end of its sequence."""
+    rows = []
+    for name, method in results["methods"].items():
+        for style in results["styles"]:
+            ends = [
+                [seed["by_style"][style][status][-1] for status in COUNTED_APART] for seed in method["seeds"].values()
+            ]
+            shares = [
+                sum(sum(end[place]) / len(end[place]) for end in ends) / len(ends) for place in range(len(ends[0]))
+            ]
+            rows.append((name, style, *(number(share) for share in shares)))
+    heads = ("method", "prompt style", *(status.replace("_", " ") for status in COUNTED_APART))
+    note = "Percent of the responses after the last task, mean over tasks and seeds; they are scored like all others."
+    return Sheet("Responses counted apart", heads, tuple(rows), 2, note)
 
 
 def terminal(results: Json) -> RenderableType:
