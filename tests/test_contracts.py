@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import Policy, encode_prompts, load_policy
+from cpt_rft.config.contracts import Decoding
 from cpt_rft.config.schema import EvaluationConfig, Experiment
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
@@ -17,8 +18,8 @@ from cpt_rft.prompts import STYLES, Style, target_text, user_text
 from cpt_rft.seeds import derive_seed
 from cpt_rft.sequence.job import preflight
 from eval.contract import fingerprint, is_forced
-from eval.forced import _compare, teacher_forced
-from eval.harness import evaluate_checkpoint
+from eval.forced import Forced, _compare, teacher_forced
+from eval.harness import Job, Subject, _forced_record, do_jobs, evaluate_checkpoint
 from eval.records import RecordError, read_contracts, read_records, record_path
 from eval.results import build_results
 from tests.helpers.engine import TASK, make_base, make_stage, run, sft, stock_inputs
@@ -123,6 +124,12 @@ def test_teacher_forced_records_are_marked(learned, rows, tmp_path: Path) -> Non
     assert {(record.finish, record.status) for record in records} == {("stop", "answered")}
 
 
+def test_both_forms_of_the_metric_stand_in_the_record(rows, tmp_path: Path) -> None:
+    job = Job(TASK, "direct", Decoding(forced=True), tmp_path)
+    record = _forced_record(rows[0], job, Forced("Star<", 4, strict=0.0, lenient=1.0), "c")
+    assert (record.strict, record.lenient, record.tokens, record.extracted) == (0.0, 1.0, 4, "star<")
+
+
 def test_a_table_of_methods_refuses_teacher_forcing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="so no methods may be compared; see 'cpt-rft audit'"):
         settings = json.loads(experiment((TASK,), (0,), 4, ("sft",)).model_dump_json())
@@ -166,6 +173,17 @@ def test_the_paper_contract_samples_once_at_half_temperature(learned, policy, ro
     assert [record.response for record in records] == decoded
     again = read_records(record_path(evaluate(learned, rows, tmp_path / "again", settings), TASK, "cot"))
     assert again == records
+
+
+def test_sampling_stays_within_the_nucleus_of_the_contract(learned, rows, tmp_path: Path) -> None:
+    """With a nucleus of one token a hot sample is the greedy answer."""
+    write_split(tmp_path / "rows.parquet", rows)
+    for name, decoding in (("hot", Decoding(temperature=3.0, top_p=1e-9)), ("greedy", Decoding())):
+        jobs = [Job(TASK, style, decoding, tmp_path / name) for style in STYLES]
+        do_jobs(Subject(learned, config(), "miniature"), jobs, {TASK: tmp_path / "rows.parquet"})
+    for style in STYLES:
+        hot, greedy = (read_records(record_path(tmp_path / name, TASK, style)) for name in ("hot", "greedy"))
+        assert [record.response for record in hot] == [record.response for record in greedy]
 
 
 def test_a_prompt_over_the_limit_is_refused_and_not_left_out(learned, rows, tmp_path: Path) -> None:
