@@ -6,6 +6,7 @@ is described in docs/records.md; every record states its version, and a reader t
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from cpt_rft.prompts import STYLES
 from eval.contract import Contract, differences, fingerprint
 
 CONTRACTS_FILE = "contracts.json"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 #: Version of the record schema; raised by hand whenever a key is added, removed or given another meaning.
 VERSION = 2
 #: Responses that are counted apart, besides those that were ``answered``.
@@ -94,7 +96,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps({"version": VERSION, **asdict(record)}, ensure_ascii=False) + "\n"
+    text = json.dumps({"version": VERSION, **asdict(record)}, ensure_ascii=False)
+    # Half a surrogate pair is no character of UTF-8, but JSON can name it.
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", text) + "\n"
 
 
 def read_records(path: Path) -> list[Record]:

@@ -120,6 +120,12 @@ def test_accuracy_counts_what_is_no_answer() -> None:
     assert found == {"rows": 4, "strict": 25.0, "lenient": 50.0, "truncated": 1, "no_answer": 1, "undecodable": 1}
 
 
+def test_a_response_that_is_no_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    record = dataclasses.replace(RECORD, response="a\udcffb\ufffd\x00", status="undecodable")
+    write_records(tmp_path / "a.jsonl", [record])
+    assert read_records(tmp_path / "a.jsonl") == [record]
+
+
 def test_separators_of_lines_within_a_response_part_no_records(tmp_path: Path) -> None:
     """Python's ``splitlines`` cuts at more than newlines."""
     record = dataclasses.replace(RECORD, response="a\u2028b\x85c\x0bd\x1ce\u2029f\rg\nh")
