@@ -18,7 +18,7 @@ from cpt_rft.files import hash_tree
 from cpt_rft.miniature.world import make_rows
 from eval.audit import DECODINGS, Audit, sheet
 from eval.harness import evaluate_checkpoint
-from eval.records import RecordError, accuracy, read_contracts, read_records, record_path
+from eval.records import RecordError, accuracy, read_contracts, read_records, record_path, write_records
 from eval.rescore import rescore
 from tests.helpers.tiny_run import in_child, kill_at_write, make_tiny_base
 
@@ -219,6 +219,15 @@ def test_rescoring_equals_evaluating_under_the_other_scorer(evaluated, tmp_path:
     assert files(evaluated[one]) == before
     assert not set(read_contracts(out)) & set(read_contracts(evaluated[one]))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_rescoring_takes_nothing_from_the_scores_that_stand_there(evaluated, tmp_path: Path) -> None:
+    shutil.copytree(evaluated["official"], tmp_path / "records")
+    verdict = {"extracted": "?", "strict": 0.5, "lenient": 0.5, "format": 0.5, "status": "undecodable"}
+    for path in (tmp_path / "records").glob("*.jsonl"):
+        write_records(path, [dataclasses.replace(record, **verdict) for record in read_records(path)])
+    rescore(tmp_path / "records", "paper_single_label", tmp_path / "out")
+    assert files(tmp_path / "out") == files(evaluated["paper_single_label"])
 
 
 def spoil_version(path: Path) -> None:
