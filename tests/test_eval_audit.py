@@ -180,6 +180,19 @@ def test_seconds_that_were_lost_are_a_dash(place: Path, whole: Path, tmp_path) -
     assert [row[-1] == "\N{EN DASH}" for row in rows[:8]] == [True] * 4 + [False] * 4
 
 
+def test_the_cost_of_a_choice_is_against_greedy_official_and_strict(place: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for path in (out / "teacher_forced").glob("*.jsonl"):
+        write_records(path, [dataclasses.replace(record, strict=0.0, lenient=1.0) for record in read_records(path)])
+    assert audit(place, out) == 0
+    lines = json.loads((out / "audit.json").read_text())["lines"]
+    for style in ("cot", "direct"):
+        greedy, *_, as_released, no_newline = (line for line in lines if line["style"] == style)
+        assert greedy["cost"] == 0.0
+        assert as_released["cost"] == -greedy["mean"] and no_newline["cost"] == 100.0 - greedy["mean"]
+
+
 def test_a_label_without_its_rationale_is_not_forced_in_cot(place: Path, tmp_path: Path) -> None:
     rows = [dataclasses.replace(row, rationale=None) for row in make_rows("mini_gqa", "dev", 3, seed=0)]
     write_split(tmp_path / "bare.parquet", rows)
