@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from cpt_rft.data.example import Example
 from cpt_rft.errors import DataError, UserError
 from cpt_rft.files import atomic_path
+from cpt_rft.vision import MAX_RATIO
 
 MIN_SIDE_PX = 28
 
@@ -79,7 +80,8 @@ def decode_picture(encoded: bytes, name: str) -> Image.Image:
     """Decode to RGB.
 
     Raises:
-        DataError: The bytes are no picture, are cut short, or a side is under 28 pixels.
+        DataError: The bytes are no picture, are cut short, or show one that no processor takes: a side is under 28
+            pixels, or one is over 200 times the other.
     """
     try:
         picture = Image.open(io.BytesIO(encoded)).convert("RGB")
@@ -89,6 +91,11 @@ def decode_picture(encoded: bytes, name: str) -> Image.Image:
         raise DataError(
             f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
             f"use pictures of at least {MIN_SIDE_PX} pixels a side",
+        )
+    if max(picture.size) > MAX_RATIO * min(picture.size):
+        raise DataError(
+            f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
+            f"crop it to a ratio of at most {MAX_RATIO}",
         )
     return picture
 

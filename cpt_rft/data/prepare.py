@@ -41,10 +41,11 @@ def prepare(
     general: Sequence[str],
     directory: Path,
     progress: Callable[[str], None] = lambda name: None,
+    splits: Sequence[Split] = get_args(Split),
 ) -> PreparedData:
     """Write what is missing, check what is there, and lock the content.
 
-    Tasks get three splits; general abilities are never trained on and get dev and test.
+    Tasks get three splits, if not fewer are asked for; general abilities are never trained on and get dev and test.
 
     Raises:
         DataError: A file that the lock lists was changed or does not read, or the configuration asks for other
@@ -59,8 +60,8 @@ def prepare(
             f"{lock_path} was made from {lock['config']}, not from {asked}.",
             "use another output directory or put the data section back",
         )
-    wanted: list[tuple[str, Split]] = [(task, split) for task in tasks for split in get_args(Split)]
-    wanted += [(task, split) for task in general for split in get_args(Split) if split != "train"]
+    wanted: list[tuple[str, Split]] = [(task, split) for task in tasks for split in splits]
+    wanted += [(task, split) for task in general for split in splits if split != "train"]
     for task, split in wanted:
         key = f"{task}/{split}"
         if key in lock["splits"]:
@@ -74,11 +75,11 @@ def prepare(
         lock["splits"][key] = {"rows": len(rows), "sha256": rows_hash(read_split(path))}
         lock["config"] = asked
     write_text_atomic(lock_path, json.dumps(lock, indent=2, sort_keys=True) + "\n")
-    splits = {f"{task}/{split}": lock["splits"][f"{task}/{split}"] for task, split in wanted}
+    entries = {f"{task}/{split}": lock["splits"][f"{task}/{split}"] for task, split in wanted}
     return PreparedData(
         directory,
-        hashes={key: entry["sha256"] for key, entry in splits.items()},
-        rows={key: entry["rows"] for key, entry in splits.items()},
+        hashes={key: entry["sha256"] for key, entry in entries.items()},
+        rows={key: entry["rows"] for key, entry in entries.items()},
     )
 
 
