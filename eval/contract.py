@@ -17,7 +17,7 @@ from cpt_rft.files import sha256_json
 from cpt_rft.prompts import PRESETS
 
 #: Raised by hand whenever a change to extraction or scoring can change a score.
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 SCORER_PRESET = "official"
 
 Contract = dict[str, Any]
