@@ -44,6 +44,11 @@ def matches(candidate: str, references: Sequence[str]) -> bool:
     return short_text.normalise(candidate) in accepted
 
 
+def is_lettered(candidate: str) -> bool:
+    """Whether the candidate is a letter or starts with one, as options do; `matches` alone decides then."""
+    return any(form.fullmatch(candidate) for form in (_LETTER, _LETTER_AND_TEXT, _LETTER_AND_STOP))
+
+
 def letters(options: Sequence[str]) -> str:
     """The letters of the options: ``ABCD`` for four."""
     return string.ascii_uppercase[: len(options)]

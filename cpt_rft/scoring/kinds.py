@@ -48,8 +48,9 @@ def _any_reference(matches: Callable[[str, Sequence[str]], bool]) -> Rules:
 def _choice(response: str, best_effort: str | None, question: Question) -> float:
     if best_effort is not None and choice.matches(best_effort, question.references):
         return 1.0
-    inferred = choice.infer(without_wrappers(response), question.options) if question.options else None
-    return float(inferred == question.answer)
+    if not question.options or choice.is_lettered(best_effort or ""):
+        return 0.0
+    return float(choice.infer(without_wrappers(response), question.options) == question.answer)
 
 
 def _vqa_strict(extracted: str, question: Question) -> float:

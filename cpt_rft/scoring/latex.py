@@ -27,4 +27,8 @@ def matches(candidate: str, references: Sequence[str]) -> bool:
     given = normalise(candidate)
     if not given or given in {normalise(reference) for reference in references}:
         return bool(given)
-    return any(math_equality.equal(candidate, reference, "math_verify") for reference in references)
+    for reference in references:
+        verdict = math_equality.verdict(candidate, reference, "math_verify")
+        if verdict is not False:
+            return bool(verdict)  # a candidate that costs all the time there is gets no second chance
+    return False

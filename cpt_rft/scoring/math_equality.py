@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import selectors
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cpt_rft.scoring.errors import ScoringError
 
@@ -30,13 +31,13 @@ JudgeName = Literal["math_verify", "mathruler"]
 Pair = tuple[str, str]
 WORKERS = 2
 PAIRS_A_MESSAGE = 16
-WALL_SECONDS = 0.7  # for one pair, then the fork is killed; its own limit, of CPU time, is shorter
+WALL_SECONDS = 0.6  # for one pair, then the fork is killed; its own limit, of CPU time, is shorter
 START_SECONDS = 120.0
 MAX_CHARACTERS = 500  # of either text; a longer one equals nothing
 CACHED_PAIRS = 8192
 CACHED_CHARACTERS = 200
 _WORKER = Path(__file__).with_name("math_worker.py")
-_NEEDED = ("math_verify", "mathruler", "pylatexenc")
+NEEDED = ("math_verify", "mathruler", "pylatexenc")
 # What mathruler compares letter by letter: words without its units and number words, of too many letters to evaluate.
 _WORDS = re.compile(r"[A-Za-z]+(?: [A-Za-z]+)*")
 _UNITS = re.compile(
@@ -61,13 +62,15 @@ class Counts(NamedTuple):
     gave_up: int = 0
 
 
-def equal(candidate: str, reference: str, judge: JudgeName) -> bool:
-    """Whether two texts are equal to a library; see `equal_many`."""
-    return equal_many([(candidate, reference)], judge)[0]
+def verdict(candidate: str, reference: str, judge: JudgeName) -> bool | None:
+    """Whether two texts are equal to a library; see `verdicts`."""
+    return verdicts([(candidate, reference)], judge)[0]
 
 
-def equal_many(pairs: Sequence[Pair], judge: JudgeName) -> list[bool]:
-    """For each pair of candidate and reference, whether the library holds them equal.
+def verdicts(pairs: Sequence[Pair], judge: JudgeName) -> list[bool | None]:
+    """For each pair of candidate and reference, whether the library holds them equal; none where it gave up.
+
+    Many pairs at once keep all workers busy, and what was decided is remembered: ask for a batch before scoring it.
 
     Source: math-verify 0.9.0 ``verify(parse("$reference$"), parse("$candidate$"))``; mathruler 0.1.0 grader.py
     ``grade_answer``.
@@ -76,7 +79,7 @@ def equal_many(pairs: Sequence[Pair], judge: JudgeName) -> list[bool]:
     Raises:
         ScoringError: The libraries are not installed, or no worker starts.
     """
-    return _POOL.equal_many(pairs, judge)
+    return _POOL.verdicts(pairs, judge)
 
 
 def counts() -> Counts:
@@ -151,11 +154,14 @@ class _Worker:
         """
         verdicts: list[bool | None] = []
         while len(verdicts) < len(pairs):
-            self._send({"judge": judge, "pairs": pairs[len(verdicts) :]})
+            # An unforeseeable name: what an evaluated text might write, or a dead fork left, is no reply.
+            name = secrets.token_hex(8)
+            self._drain()
+            self._send({"id": name, "judge": judge, "pairs": pairs[len(verdicts) :]})
             try:
                 while len(verdicts) < len(pairs):
-                    verdicts.append(self._verdict())
-                if self._line(WALL_SECONDS) == '"leave"':
+                    verdicts.append(self._reply(name))
+                if self._reply(name) == "leave":
                     self._await_fork()
             except _GaveUpError:
                 verdicts.append(None)
@@ -165,16 +171,19 @@ class _Worker:
                 verdicts.append(None)
         return verdicts[: len(pairs)]
 
-    def _verdict(self) -> bool | None:
-        line = self._line(WALL_SECONDS)
-        if self._announced(line):
-            raise _ForkDiedError
-        verdict = json.loads(line)
-        return verdict if isinstance(verdict, bool) else None
+    def _reply(self, name: str) -> Any:
+        deadline = time.monotonic() + WALL_SECONDS
+        while True:
+            line = self._line(deadline)
+            if self._announced(line):
+                raise _ForkDiedError
+            if line.startswith(f'["{name}", '):
+                return json.loads(line)[1]
 
     def _await_fork(self) -> None:
         """Read on until a fork announces itself; what a dead one left is dropped."""
-        while not self._announced(self._line(START_SECONDS)):
+        deadline = time.monotonic() + START_SECONDS
+        while not self._announced(self._line(deadline)):
             pass
 
     def _announced(self, line: str) -> bool:
@@ -190,8 +199,12 @@ class _Worker:
         except BrokenPipeError:
             raise _GaveUpError from None
 
-    def _line(self, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
+    def _drain(self) -> None:
+        """Note a fork that took over while nothing was asked, after somebody else had ended the one before."""
+        while self.buffer or self.selector.select(0):
+            self._announced(self._line(time.monotonic() + WALL_SECONDS))
+
+    def _line(self, deadline: float) -> str:
         while b"\n" not in self.buffer:
             ready = self.selector.select(max(0.0, deadline - time.monotonic()))
             part = self.output.read(1 << 16) if ready else b""
@@ -235,30 +248,30 @@ class _Pool:
         self.cache: dict[tuple[JudgeName, Pair], bool] = {}
         self.counts = Counts()
 
-    def equal_many(self, pairs: Sequence[Pair], judge: JudgeName) -> list[bool]:
+    def verdicts(self, pairs: Sequence[Pair], judge: JudgeName) -> list[bool | None]:
         known: dict[Pair, bool | None] = {pair: cheap_verdict(*pair, judge) for pair in pairs}
         open_pairs = [pair for pair, verdict in known.items() if verdict is None]
         cached = [pair for pair in open_pairs if (judge, pair) in self.cache]
         known |= {pair: self.cache[judge, pair] for pair in cached}
         too_long = [pair for pair in open_pairs if max(map(len, pair)) > MAX_CHARACTERS]
         todo = [pair for pair in open_pairs if known[pair] is None and max(map(len, pair)) <= MAX_CHARACTERS]
-        verdicts = self._compute(todo, judge) if todo else []
-        known |= dict(zip(todo, verdicts, strict=True))
+        computed = self._compute(todo, judge) if todo else []
+        known |= dict(zip(todo, computed, strict=True))
         with self.lock:
-            self._remember(judge, todo, verdicts)
+            self._remember(judge, todo, computed)
             self.counts = Counts(
                 cheap=self.counts.cheap + len(known) - len(open_pairs),
                 cached=self.counts.cached + len(cached),
                 computed=self.counts.computed + len(todo),
                 too_long=self.counts.too_long + len(too_long),
-                gave_up=self.counts.gave_up + sum(verdict is None for verdict in verdicts),
+                gave_up=self.counts.gave_up + sum(verdict is None for verdict in computed),
             )
-        return [bool(known[pair]) for pair in pairs]
+        return [known[pair] for pair in pairs]
 
     def _compute(self, pairs: list[Pair], judge: JudgeName) -> list[bool | None]:
-        if not all(importlib.util.find_spec(name) for name in _NEEDED):
+        if not all(importlib.util.find_spec(name) for name in NEEDED):
             raise ScoringError(
-                "Comparing mathematics needs the packages " + ", ".join(_NEEDED) + ".", "pip install 'cpt-rft[math]'"
+                "Comparing mathematics needs the packages " + ", ".join(NEEDED) + ".", "pip install 'cpt-rft[math]'"
             )
         parts = [pairs[start : start + PAIRS_A_MESSAGE] for start in range(0, len(pairs), PAIRS_A_MESSAGE)]
         if len(parts) == 1:

@@ -4,9 +4,9 @@ Run as a script by `math_equality`. It imports the libraries once and then forks
 takes its place when it dies, is killed or has answered `PAIRS_A_FORK` pairs, so that neither time nor memory nor
 anything that a text does to the libraries' state can outlast a few pairs.
 
-One line of JSON in: ``{"judge": name, "pairs": [[candidate, reference], ...]}``. One line out for every pair:
-``true``, ``false`` or ``null`` (gave up), then ``"stay"``, or ``"leave"`` before a new fork takes over; every new fork
-says ``{"ready": pid}``.
+One line of JSON in: ``{"id": text, "judge": name, "pairs": [[candidate, reference], ...]}``. One line out for every
+pair: ``[id, true]``, ``[id, false]`` or ``[id, null]`` (gave up), then ``[id, "stay"]``, or ``[id, "leave"]`` before a
+new fork takes over. Every new fork says ``{"ready": pid}``.
 """
 
 import json
@@ -93,9 +93,9 @@ def _answer(asked: dict[str, Judge], lines: IO[str], replies: IO[str]) -> int:
             return OVER
         message = json.loads(line)
         for candidate, reference in message["pairs"]:
-            _say(replies, _judge(asked[message["judge"]], candidate, reference))
+            _say(replies, [message["id"], _judge(asked[message["judge"]], candidate, reference)])
             answered += 1
-        _say(replies, "stay" if answered < PAIRS_A_FORK else "leave")
+        _say(replies, [message["id"], "stay" if answered < PAIRS_A_FORK else "leave"])
     return RETIRE
 
 

@@ -3,7 +3,8 @@
 Source: MMMU-Benchmark/MMMU@bb0b95a9 mmmu/utils/eval_utils.py ``parse_multi_choice_response``,
 ``parse_open_response``, ``normalize_str``, ``extract_numbers``, ``eval_open``.
 Differs from: (1) wrappings are removed first; (2) where no option is found the answer is wrong, not drawn at random;
-(3) of a longer open answer only the last `OPEN_CHARACTERS` characters are read, which keeps hostile text cheap.
+(3) of a longer open answer only the last `OPEN_CHARACTERS` characters are read, which keeps hostile text cheap;
+(4) an empty reference is none.
 lmms-eval also reads a letter at the end of a word (``USA`` is A) and loses open answers by reading one as a list of
 characters; neither is followed.
 """
@@ -93,7 +94,7 @@ def open_is_right(response: str, references: Sequence[str]) -> bool:
     (True, False)
     """
     gold = [form for reference in references for form in normalise(reference)]
-    texts = [form for form in gold if isinstance(form, str)]
+    texts = [form for form in gold if isinstance(form, str) and form]
     return any(
         any(text in given for text in texts) if isinstance(given, str) else given in gold
         for given in parse_open(response)

@@ -50,8 +50,13 @@ def paper_single_label(response: str, question: Question, rules: Rules, style: S
         extracted, committed = last_box(text) or "", len({box.strip() for box in answer_boxes(text)}) == 1
     best_effort = final_answer(response)
     label = question.answer.strip()
-    strict = committed and math_equality.equal(extracted, label, "mathruler")
-    lenient = strict or math_equality.equal(best_effort or "", label, "mathruler")
+    graded = math_equality.verdict(extracted, label, "mathruler")
+    strict = committed and bool(graded)
+    lenient = strict
+    if (
+        not strict and best_effort and graded is not None
+    ):  # an answer that costs all the time there is: no second chance
+        lenient = bool(math_equality.verdict(best_effort, label, "mathruler"))
     return Graded(extracted, float(strict), float(lenient), best_effort)
 
 

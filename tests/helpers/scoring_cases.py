@@ -52,7 +52,7 @@ def grid(case: Case) -> jigsaw.Jigsaw:
 
 
 def mathematics(judge: str) -> Callable[[Case], Any]:
-    return lambda case: math_equality.equal(case["prediction"], case["ground_truth"], judge)
+    return lambda case: math_equality.verdict(case["prediction"], case["ground_truth"], judge)
 
 
 def normal_form(case: Case) -> str:
