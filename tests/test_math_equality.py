@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import math_verify
@@ -16,6 +17,7 @@ from mathruler.grader import grade_answer
 
 from cpt_rft.scoring import math_equality, math_worker
 from cpt_rft.scoring.math_equality import cheap_verdict, counts, verdict, verdicts
+from tests.helpers.busy import timed
 
 ROOT = Path(__file__).parents[1]
 JUDGES = ("math_verify", "mathruler")
@@ -74,9 +76,9 @@ HOSTILE = [
 def test_hostile_texts_equal_nothing_within_a_second(judge):
     verdict("x+1", "1+x", judge)
     for text in HOSTILE:
-        started = time.monotonic()
-        assert not verdict(text, "12.5x", judge), text
-        assert time.monotonic() - started < 1.0, text
+        seconds, given = timed(partial(verdict, text, "12.5x", judge), enough=0.9)
+        assert not given, text
+        assert seconds < 1.0, text
     assert verdict("x+3", "3+x", judge) is True
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAST, FULL, CAMPAIGN = 300, 2_000, 100_000
+FAST, FULL, CAMPAIGN = 150, 2_000, 100_000
 GROWTH_MIB = 40.0  # the store of compared pairs fills up; a leak of one response in a hundred would be more
 
 

@@ -29,6 +29,8 @@ def balanced_boxes(text: str) -> list[str]:
     >>> balanced_boxes(r"\boxed{1}, so \boxed{\frac{1}{2}}, not \boxed{3")
     ['1', '\\frac{1}{2}']
     """
+    if "\\boxed{" not in text:
+        return []
     contents: list[tuple[int, str]] = []
     open_braces: list[int | None] = []
     for brace in _BRACES.finditer(text):

@@ -9,6 +9,7 @@ pair: ``[id, true]``, ``[id, false]`` or ``[id, null]`` (gave up), then ``[id, "
 new fork takes over. Every new fork says ``{"ready": pid}``.
 """
 
+import gc
 import json
 import os
 import resource
@@ -19,13 +20,21 @@ from collections.abc import Callable
 from types import FrameType
 from typing import IO, Any
 
-PAIRS_A_FORK = 256
-CPU_SECONDS = 0.3  # for one pair; user time, so that a busy machine does not change scores
+PAIRS_A_FORK = 512
+# Processor time for one pair, so that a busy machine changes no score: first an exception, then the kernel's kill,
+# since a computation inside C hears no exception.
+CPU_SECONDS = 0.25
+KILL_SECONDS = 0.4
 REPEAT_SECONDS = 0.05  # the libraries catch every exception, so the alarm rings until they are out
 MEMORY_BYTES = 1 << 30
 DESCRIPTORS = 16
 OVER, BROKEN, RETIRE = 0, 1, 2  # exit codes of a fork: no more input, a line that is none, others' turn
-_WARM_UP = (("\\frac{1}{2}", "0.5"), ("2\\sqrt{3}", "\\sqrt{12}"), ("(1, 2)", "[1, 2]"), ("x^2+1=0", "1 < x"))
+# Every fork starts with what these have made the libraries import and store.
+_WARM_UP = (
+    ("\\frac{1}{2}", "0.5"), ("2 \\sqrt { 3 }", "\\sqrt{12}"), ("(1, 2)", "[1, 2]"), ("x^2+1=0", "1 < x"),
+    ("\\frac{\\sqrt{5}}{3} + \\pi", "\\pi+1"), ("\\sqrt{2} / 3", "\\frac{2}{3\\sqrt{2}}"), ("12\\text{ cm}", "12.5"),
+    ("\\sin(30^\\circ)", "\\cos x"), ("x=4", "3 \\times 10^{2}"), ("\\{1, 2\\}", "1, 2"), ("5 \\%", "-7x"),
+)  # fmt: skip
 #: All that a comparison may do, by the names of Python's audit events; files are read from the libraries only.
 _ALLOWED = frozenset({
     "import", "compile", "exec", "marshal.loads", "code.__new__", "function.__new__", "object.__getattr__",
@@ -57,6 +66,8 @@ def main() -> None:
     for judge in asked.values():
         for candidate, reference in _WARM_UP:
             judge(candidate, reference)
+    gc.collect()
+    gc.freeze()  # what is there stays shared between the forks
     while True:
         pid = os.fork()
         if pid == 0:
@@ -74,6 +85,7 @@ def _fork(asked: dict[str, Judge]) -> int:
         os.dup2(nothing, standard)
     os.close(nothing)
     signal.signal(signal.SIGVTALRM, _ring)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit()
     sys.addaudithook(_refuse)
     try:
@@ -118,6 +130,7 @@ def _judge(judge: Judge, candidate: str, reference: str) -> bool | None:
     _rung = False
     verdict: bool | None = None
     try:
+        signal.setitimer(signal.ITIMER_PROF, KILL_SECONDS)
         signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS, REPEAT_SECONDS)
         verdict = bool(judge(candidate, reference))
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
@@ -131,7 +144,8 @@ def _judge(judge: Judge, candidate: str, reference: str) -> bool | None:
 
 
 def _silence() -> None:
-    """Stop the alarm, even if it rings once more on the way."""
+    """Stop both alarms, even if the first rings once more on the way."""
+    signal.setitimer(signal.ITIMER_PROF, 0.0)
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
     except OutOfTimeError:
