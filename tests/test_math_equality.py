@@ -193,8 +193,7 @@ def test_the_doors_are_shut(tmp_path):
 import ctypes, json, os, socket, subprocess, sys
 from cpt_rft.scoring import math_worker
 attempts, outcome = {ATTEMPTS!r}, {{}}
-math_worker._limit()
-sys.addaudithook(math_worker._refuse)
+math_worker.shut_doors()
 for name, what in attempts.items():
     try:
         eval(what)
@@ -213,6 +212,16 @@ print(json.dumps([outcome, open(os.__file__).readline()]))
     assert line.startswith(('r"""', '"""', "r'''"))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there").read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").is_file(), reason="the system does not tell limits of others")
+def test_the_fork_that_answers_has_shut_its_doors():
+    verdict("z+1", "1+z", "mathruler")
+    lines = Path(f"/proc/{math_equality._POOL.idle[-1].fork}/limits").read_text().splitlines()
+    limits = {line[:25].strip(): line[25:].split()[:2] for line in lines}
+    assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
+    assert limits["Max open files"] == [str(math_worker.DESCRIPTORS)] * 2
+    assert limits["Max address space"] == [str(math_worker.MEMORY_BYTES)] * 2
 
 
 def test_the_worker_never_imports_torch():

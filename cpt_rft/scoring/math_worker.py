@@ -86,8 +86,7 @@ def _fork(asked: dict[str, Judge]) -> int:
     os.close(nothing)
     signal.signal(signal.SIGVTALRM, _ring)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    _limit()
-    sys.addaudithook(_refuse)
+    shut_doors()
     try:
         return _answer(asked, lines, replies)
     except BrokenPipeError:
@@ -152,7 +151,8 @@ def _silence() -> None:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
 
 
-def _limit() -> None:
+def shut_doors() -> None:
+    """From here on: no new file but those of the libraries, no socket, no process, bounded memory, for good."""
     limits = {"CORE": 0, "FSIZE": 0, "NOFILE": DESCRIPTORS, "AS": MEMORY_BYTES}
     for name, most in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
@@ -162,6 +162,7 @@ def _limit() -> None:
         except (ValueError, OSError):  # macOS knows no limit of memory; the parent's deadline holds
             if name != "AS":
                 raise
+    sys.addaudithook(_refuse)
 
 
 _LIBRARIES = tuple(
