@@ -166,6 +166,7 @@ print(json.dumps([worker.process.pid, worker.fork]), flush=True)
 
 ATTEMPTS = {
     "write a file": "open('made', 'w')",
+    "change a library": "open(os.__file__, 'r+')",
     "append to a file": "open('there', 'a')",
     "read a file": "open('there')",
     "read a system file": "open('/etc/passwd')",
@@ -174,6 +175,7 @@ ATTEMPTS = {
     "make a directory": "os.mkdir('made')",
     "rename": "os.rename('there', 'made')",
     "look around": "os.scandir('.')",
+    "list names": "os.listdir('.')",
     "run a program": "subprocess.run(['true'])",
     "run a shell": "os.system('true')",
     "fork": "os.fork()",

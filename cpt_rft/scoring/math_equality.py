@@ -165,7 +165,8 @@ class _Worker:
                     self._await_fork()
             except _GaveUpError:
                 verdicts.append(None)
-                os.kill(self.fork, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.fork, signal.SIGKILL)
                 self._await_fork()
             except _ForkDiedError:
                 verdicts.append(None)
@@ -251,8 +252,9 @@ class _Pool:
     def verdicts(self, pairs: Sequence[Pair], judge: JudgeName) -> list[bool | None]:
         known: dict[Pair, bool | None] = {pair: cheap_verdict(*pair, judge) for pair in pairs}
         open_pairs = [pair for pair, verdict in known.items() if verdict is None]
-        cached = [pair for pair in open_pairs if (judge, pair) in self.cache]
-        known |= {pair: self.cache[judge, pair] for pair in cached}
+        with self.lock:
+            cached = {pair: self.cache[judge, pair] for pair in open_pairs if (judge, pair) in self.cache}
+        known |= cached
         too_long = [pair for pair in open_pairs if max(map(len, pair)) > MAX_CHARACTERS]
         todo = [pair for pair in open_pairs if known[pair] is None and max(map(len, pair)) <= MAX_CHARACTERS]
         computed = self._compute(todo, judge) if todo else []

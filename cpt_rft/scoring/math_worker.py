@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import site
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -38,7 +39,7 @@ _WARM_UP = (
 #: All that a comparison may do, by the names of Python's audit events; files are read from the libraries only.
 _ALLOWED = frozenset({
     "import", "compile", "exec", "marshal.loads", "code.__new__", "function.__new__", "object.__getattr__",
-    "object.__setattr__", "object.__delattr__", "sys._getframe", "builtins.id", "os.listdir", "sys.unraisablehook",
+    "object.__setattr__", "object.__delattr__", "sys._getframe", "builtins.id", "sys.unraisablehook",
 })  # fmt: skip
 Judge = Callable[[str, str], bool]
 
@@ -168,14 +169,16 @@ def shut_doors() -> None:
 _LIBRARIES = tuple(
     os.path.realpath(path) + os.sep
     for path in {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {*site.getsitepackages(), site.getusersitepackages()}
 )
 
 
 def _refuse(event: str, details: tuple[Any, ...]) -> None:
-    if event == "open":
-        path, _, flags = details
+    if event in ("open", "os.listdir"):
+        path = details[0]
+        flags = details[2] if event == "open" else 0
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        if isinstance(path, str) and not writes and os.path.realpath(path).startswith(_LIBRARIES):
+        if isinstance(path, str) and not writes and (os.path.realpath(path) + os.sep).startswith(_LIBRARIES):
             return
     elif event in _ALLOWED:
         return
