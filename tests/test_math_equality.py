@@ -1,5 +1,6 @@
 """The sandbox: what it answers is what the libraries answer, and nothing that a text does gets out of it."""
 
+import io
 import json
 import os
 import signal
@@ -162,6 +163,45 @@ print(json.dumps([worker.process.pid, worker.fork]), flush=True)
         time.sleep(0.05)
     assert len(workers) == 2
     assert not any(map(alive, workers))
+
+
+def test_the_protocol_is_one_line_a_pair():
+    replies = io.StringIO()
+    question = {"id": "q", "judge": "same", "pairs": [["a\n", "a\n"], ["a", "b"]]}
+    lines = io.StringIO(json.dumps(question) + "\n")
+    assert math_worker._answer({"same": str.__eq__}, lines, replies) == math_worker.OVER
+    ready, *answers = map(json.loads, replies.getvalue().splitlines())
+    assert ready == {"ready": os.getpid()}
+    assert answers == [["q", True], ["q", False], ["q", "stay"]]
+
+
+def swallows_every_exception(candidate, reference):
+    try:
+        while True:
+            pass
+    except BaseException:
+        return True
+
+
+def runs_out_of_memory(candidate, reference):
+    raise MemoryError
+
+
+def fails(candidate, reference):
+    raise SystemExit
+
+
+@pytest.mark.parametrize(
+    ("judge", "expected"),
+    [(str.__eq__, True), (fails, False), (runs_out_of_memory, None), (swallows_every_exception, None)],
+)
+def test_a_verdict_whatever_the_library_does(judge, expected):
+    before = signal.signal(signal.SIGVTALRM, math_worker._ring)
+    try:
+        assert math_worker._judge(judge, "a", "a") is expected
+        assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == signal.getitimer(signal.ITIMER_PROF)[0] == 0.0
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
 
 
 ATTEMPTS = {

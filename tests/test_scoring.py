@@ -340,4 +340,4 @@ def test_scoring_imports_neither_torch_nor_transformers():
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
-    assert not loaded & {"torch", "transformers", "numpy", "pyarrow", "PIL", "pydantic"}
+    assert not loaded & {"torch", "transformers", "numpy", "pyarrow", "PIL", "pydantic", "sympy", "yaml"}
