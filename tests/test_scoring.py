@@ -127,6 +127,8 @@ def test_forms(response, style, strict, lenient, format_kept):
         ("mmmu_open", "It is Paris, France", True),
         ("mmlu_pro", "The answer is (B). Not C", True),
         ("mmlu_pro", "(b)", False),
+        ("mmlu_pro", "Answer: B, since C is wrong", True),
+        ("mmmu_open", "so Paris is wrong", False),
         ("latex", "\\sqrt{12}", True),
         ("latex", "3.4641", False),
         ("number", "3.0", True),
