@@ -326,6 +326,12 @@ def test_pieces_of_extraction():
     assert unwrap("`**\"'*x*'\"**`.") == "x"
 
 
+def test_lenient_is_at_least_strict_where_the_label_reads_like_a_phrase():
+    references = ["answer: 7"] * 3 + ["7 pm"] * 7
+    result = judge("answer: 7", "vqa", "direct", answer="answer: 7", references=references)
+    assert result.strict == result.lenient == pytest.approx(0.9)
+
+
 def test_every_kind_of_a_row_has_rules_and_cases():
     assert set(REGISTERED) == set(CASES) == set(get_args(Kind))
 
