@@ -20,7 +20,7 @@ from cpt_rft.prompts import PRESETS
 from cpt_rft.vision import VisionSpec
 
 #: Raised by hand whenever a change to extraction or scoring can change a score.
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 
 Contract = dict[str, Any]
 

@@ -19,6 +19,12 @@ def score_under(
     truncated: bool,
 ) -> Score:
     """The score of a response under a preset."""
-    result = score(response, answer=answer, references=references, kind=kind, style=style, truncated=truncated)
-    # The released reward knows one form of an answer, so nothing is more lenient than it.
-    return result if scorer == "official" else result._replace(lenient=result.strict)
+    return score(
+        response,
+        answer=answer,
+        references=references,
+        kind=kind,
+        style=style,
+        truncated=truncated,
+        preset=scorer,
+    )

@@ -92,11 +92,14 @@ def test_nothing_is_left_to_do():
     assert hits(pattern, [path for path in PYTHON + SCRIPTS if path != this_file]) == []
 
 
+SCORING = {"cpt_rft.scoring", "cpt_rft.data.example", "cpt_rft.errors", "cpt_rft.prompts"}
+
+
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
         ("cpt_rft/algos", {"torch", "cpt_rft.algos", "cpt_rft.errors", "cpt_rft.config.nearest"}),
-        ("cpt_rft/scoring", {"cpt_rft.scoring", "cpt_rft.data.example", "cpt_rft.prompts"}),
+        ("cpt_rft/scoring", SCORING | {"math_verify", "mathruler"}),
     ],
 )
 def test_data_flows_one_way(folder, allowed):
