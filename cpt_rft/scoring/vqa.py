@@ -84,6 +84,8 @@ def accuracy(candidate: str, references: Sequence[str]) -> float:
 
     >>> accuracy("cat", ["cat"] * 3 + ["dog"] * 7), accuracy("The cat.", ["cat"]), accuracy("", [""] * 10)
     (0.9, 1.0, 0.0)
+    >>> accuracy("A", ["a"]), accuracy("the", ["a"])
+    (1.0, 0.0)
     """
     given = _key(candidate)
     if not given:
