@@ -1,4 +1,4 @@
-"""Keep what a complete run found under results/: every table, results.json, the page, its settings and how it was made.
+"""Keep what a complete run found under results/: every table, results.json, its settings and how it was made.
 
 Usage: python scripts/publish.py RUN_DIRECTORY RESULTS_DIRECTORY --command TEXT
 """
@@ -14,7 +14,7 @@ from cpt_rft.errors import UserError
 from cpt_rft.files import write_text_atomic
 from eval.table import markdown
 
-KEPT = ("results.json", "report.html", "config.json")
+KEPT = ("results.json", "config.json")
 
 
 def makers(run: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def page(results: dict[str, Any], made: dict[str, Any], command: str) -> str:
     return (
         f"# {results['experiment']}: preliminary results\n\n"
         f"Made by `{command}`. Code {made['code'][:12]} (a hash of the sources), {versions}.\n"
-        "`results.json` holds every number below and more, `report.html` shows them, `config.json` is what was run.\n\n"
+        "`results.json` holds every number below and more, `config.json` is what was run; `cpt-rft report` draws a page.\n\n"
         f"{markdown(results)}"
     )
 

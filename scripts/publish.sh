@@ -5,8 +5,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ $# -eq 2 ] || usage
 setup_venv local
 go "$1"
-"$CPT_RFT" run "$experiment" output="runs/$2"
+run="runs/$(basename "$experiment" .yaml)" # not a demo's runs/miniature
+"$CPT_RFT" run "$experiment" output="$run"
 export PYTHONPATH="$ROOT"
-"$VENV/bin/python" scripts/publish.py "runs/$2" "results/$2" --command "bash scripts/publish.sh $1 $2"
+"$VENV/bin/python" scripts/publish.py "$run" "results/$2" --command "bash scripts/publish.sh $1 $2"
 "$VENV/bin/python" scripts/update_readme.py
 say "kept in results/$2"

@@ -25,7 +25,7 @@ def test_a_complete_run_is_kept_with_its_command_and_versions(own: Tiny, tmp_pat
     assert "`bash scripts/publish.sh tiny kept`" in text
     assert "torch " in text
     assert "| sft |" in text
-    for name in ("results.json", "report.html", "config.json"):
+    for name in ("results.json", "config.json"):
         assert (tmp_path / "kept" / name).read_bytes() == (own.directory / name).read_bytes()
 
 
