@@ -39,7 +39,7 @@ def page(results: dict[str, Any], made: dict[str, Any], command: str) -> str:
     return (
         f"# {results['experiment']}: preliminary results\n\n"
         f"Made by `{command}`. Code {made['code'][:12]} (a hash of the sources), {versions}.\n"
-        "`results.json` holds every number below and more, `config.json` is what was run; `cpt-rft report` draws a page.\n\n"
+        "`results.json` holds every number and more, `config.json` is what was run; `cpt-rft report` draws it.\n\n"
         f"{markdown(results)}"
     )
 
