@@ -1,0 +1,232 @@
+"""What every task is: a YAML file, where its rows come from, and how a raw row becomes an `Example`."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from cpt_rft.config.document import Document
+from cpt_rft.config.load import REPOSITORY, validate
+from cpt_rft.config.nearest import nearest
+from cpt_rft.data.drop import Drop
+from cpt_rft.data.example import Example, Kind, Split
+from cpt_rft.data.source import Source
+from cpt_rft.errors import ConfigError, DataError
+from cpt_rft.seeds import derive_seed
+
+TASK_FILES = REPOSITORY / "configs" / "tasks"
+READERS = (
+    "authors",
+    "geometry3k",
+    "gqa",
+    "jigsaw",
+    "mmlu_pro",
+    "mmmu",
+    "pathvqa",
+    "pope",
+    "scienceqa",
+    "superclevr",
+    "superclevr_official",
+    "textvqa",
+    "vizwiz",
+)
+NOT_SAMPLED = "not_sampled"
+"""The reason of every row that a stated sample leaves out."""
+_SEED_RANGE = 2**63
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Sample(_Strict):
+    """Fewer rows than the source has: those whose seeded hash of the row's id is lowest, in the source's order."""
+
+    rows: PositiveInt
+    """How many rows stay."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Another seed keeps other rows."""
+
+
+class Carve(_Strict):
+    """A split cut from another one by a seeded hash of the picture: a picture is in one of the two, never in both."""
+
+    from_split: Split
+    """The split that gives up rows."""
+    share: Annotated[float, Field(gt=0, lt=1)]
+    """Expected share of its pictures."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Another seed takes other pictures."""
+
+
+class SplitPrompt(_Strict):
+    """A problem that is worded otherwise in training than in testing; dev stands for the test."""
+
+    train: str
+    """Wording of the train split."""
+    test: str
+    """Wording of dev and test."""
+
+
+class TaskConfig(_Strict):
+    """One file of configs/tasks."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
+    """Name of the task; ids of its rows begin with it."""
+    reader: str
+    """Which file of cpt_rft/tasks reads the raw rows."""
+    kind: Kind
+    """How answers compare; a reader may say otherwise for single rows."""
+    general: bool = False
+    """Never trained on: a general ability that is scored beside the tasks."""
+    repos: tuple[str, ...] = ()
+    """Hub repository, current name first, then older names and copies; the first that answers is used."""
+    config: str | None = None
+    """Configuration of the repository."""
+    revision: str | None = None
+    """Commit, branch or tag of the repository; null takes the newest once and locks it."""
+    splits: Mapping[Split, str]
+    """Name in the source of each of our splits that it has."""
+    carve: Mapping[Split, Carve] = {}
+    """Splits that the source does not have and that are cut from another one."""
+    sample: Mapping[Split, Sample] = {}
+    """Splits that are larger than wanted."""
+    prompts: Mapping[str, str | SplitPrompt]
+    """Wording of the problem a prompt preset, with fields in braces; `task` is the default for both arms."""
+    official: Mapping[Split, int] = {}
+    """Published row counts, before carving and sampling and without rows dropped for an expected reason."""
+    expected_drops: tuple[str, ...] = ()
+    """Reasons that belong to the task: these drops are counted and shown but are no fault of the data."""
+    options: Mapping[str, str | int | float | bool | None] = {}
+    """What only this reader understands."""
+    licence: str | None = None
+    """As the card states it; null where none was found."""
+    homepage: str | None = None
+    """Where a reader finds the dataset."""
+    note: str | None = None
+    """What everyone who uses the rows should know; shown with every table of counts."""
+
+
+class Task(ABC):
+    """A dataset: resolve and download its files, then stream its rows.
+
+    A subclass says which options it has and turns raw rows into examples; ids are
+    ``<task>/<source split>/<id or number in the source>``.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, str | int | float | bool | None]] = {}
+    """The options of the reader with their defaults."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that the task has, carved ones included, in the order train, dev, test."""
+        order: tuple[Split, ...] = ("train", "dev", "test")
+        return tuple(split for split in order if split in self.config.splits or split in self.config.carve)
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Every option of the reader, with its default where the configuration says nothing."""
+        return dict(self.OPTIONS) | dict(self.config.options)
+
+    @abstractmethod
+    def source(self, cache: Path) -> Source:
+        """Resolve the files of every split and download what is not here yet.
+
+        Args:
+            cache: Holds what was resolved and a site's archives. Files of the hub lie in the hub's own cache.
+
+        Raises:
+            DataError: Not found, renamed, gated, not readable without a script, changed, no space, no network.
+        """
+
+    @abstractmethod
+    def rows(self, split: Split, source: Source) -> Iterator[Example | Drop]:
+        """Every row of a split, one at a time, pictures as the original bytes.
+
+        A carved split and the split that it is cut from share a source split; each raw row is a row or a drop of
+        exactly one of the two.
+        """
+
+    def source_split(self, split: Split) -> str:
+        """What the source calls the split that holds the rows of ours.
+
+        Raises:
+            DataError: The task has no such split.
+        """
+        origin = self.config.carve[split].from_split if split in self.config.carve else split
+        if origin not in self.config.splits:
+            raise DataError(f"{self.config.name} has no split {split!r}.", f"use one of {', '.join(self.splits)}")
+        return self.config.splits[origin]
+
+    def holds(self, split: Split, picture: str) -> bool:
+        """Whether a row of ``source_split(split)`` with this picture is in the split rather than in a carved one.
+
+        Args:
+            picture: What identifies the picture: the sha256 of its bytes or its id in the source.
+        """
+        rule = self.config.carve.get(split)
+        if rule is not None:
+            return _carved(self.config.name, split, rule, picture)
+        others = [(name, other) for name, other in self.config.carve.items() if other.from_split == split]
+        return not any(_carved(self.config.name, name, other, picture) for name, other in others)
+
+    def problem_texts(self, split: Split, fields: Mapping[str, str]) -> dict[str, str]:
+        """The problem in the wording of every preset, by the name of the preset."""
+        texts = {}
+        for preset, wording in self.config.prompts.items():
+            if isinstance(wording, SplitPrompt):
+                wording = wording.train if split == "train" else wording.test
+            texts[preset] = wording.format_map(fields)
+        return texts
+
+
+def _carved(task: str, split: str, rule: Carve, picture: str) -> bool:
+    return derive_seed("carve", task, split, rule.seed, picture) < rule.share * _SEED_RANGE
+
+
+def task_names() -> list[str]:
+    """The tasks of configs/tasks, sorted."""
+    return sorted(path.stem for path in TASK_FILES.glob("*.yaml"))
+
+
+def load_task_config(name_or_path: str | Path) -> TaskConfig:
+    """Read a task file strictly.
+
+    Raises:
+        ConfigError: There is no such task, or a key or value of its file is wrong; with file and line.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        names = task_names()
+        if str(name_or_path) not in names:
+            known = nearest(str(name_or_path), names)
+            raise ConfigError(f"unknown task {str(name_or_path)!r}, the nearest is {known!r}.", f"use one of {names}")
+        path = TASK_FILES / f"{name_or_path}.yaml"
+    document = Document.read(path)
+    config = validate(TaskConfig, document)
+    if config.reader not in READERS:
+        problem = f"unknown reader {config.reader!r}, the nearest is {nearest(config.reader, READERS)!r}"
+        raise ConfigError(f"{document.place(('reader',))}: {problem}.", f"use one of {', '.join(READERS)}")
+    return config
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """The task of a file of configs/tasks, or of any YAML file of that form.
+
+    Raises:
+        ConfigError: There is no such task, or a key or value of its file is wrong.
+    """
+    config = load_task_config(name_or_path)
+    reader: type[Task] = importlib.import_module(f"cpt_rft.tasks.{config.reader}").Reader
+    for key in config.options:
+        if key not in reader.OPTIONS:
+            known = ", ".join(reader.OPTIONS) or "none"
+            raise ConfigError(f"task {config.name}: unknown option {key!r}.", f"the options here are: {known}")
+    return reader(config)
