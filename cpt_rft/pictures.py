@@ -1,7 +1,6 @@
-"""Pictures: decoded with clear errors, and turned into patches exactly as the stock image processor does."""
+"""Pictures turned into patches exactly as the stock image processor does."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,6 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from cpt_rft.errors import DataError
-
-Picture = bytes | Image.Image  # encoded (PNG, JPEG, ...) or decoded
-MIN_SIDE = 28
-
 
 def load_image_processor(directory: Path) -> Any:
     """The stock processor that computes with PIL and numpy, alike on every machine, with or without torchvision."""
@@ -23,24 +17,6 @@ def load_image_processor(directory: Path) -> Any:
     pil = "Qwen2VLImageProcessorPil"
     name = pil if hasattr(transformers, pil) else "Qwen2VLImageProcessor"
     return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
-
-
-def decode_picture(data: Picture, where: str) -> Image.Image:
-    """Decode a picture fully; one that is decoded already is only checked.
-
-    Raises:
-        DataError: It does not decode, a side is under 28 px, or one side is over 200 times the other.
-    """
-    try:
-        picture = data if isinstance(data, Image.Image) else Image.open(BytesIO(data))
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where} does not decode ({error}).", "replace or drop the picture") from error
-    if min(picture.size) < MIN_SIDE:
-        raise DataError(f"{where} is {picture.width} x {picture.height} px.", f"use at least {MIN_SIDE} px a side")
-    if max(picture.size) > 200 * min(picture.size):
-        raise DataError(f"{where} is {picture.width} x {picture.height} px.", "crop it to a ratio below 200")
-    return picture
 
 
 class PixelTable:

@@ -79,7 +79,7 @@ def test_a_picture_under_28_pixels_is_named(tmp_path: Path, rows: list[Example])
     Image.new("RGB", (84, 27)).save(buffer, format="PNG")
     path = tmp_path / "bad.parquet"
     write_split(path, [replace(rows[0], images=(buffer.getvalue(),))])
-    with pytest.raises(DataError, match="84 x 27"):
+    with pytest.raises(DataError, match="84 x 27 px"):
         read_split(path)
 
 

@@ -1,7 +1,6 @@
 """The parquet contract: rows to disk and back, every column and every picture checked on the way in."""
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
 from cpt_rft.data.example import Example
+from cpt_rft.data.picture import decode_picture
 from cpt_rft.errors import DataError, UserError
 from cpt_rft.files import atomic_path
-
-MIN_SIDE_PX = 28
 
 SCHEMA = pa.schema(
     [
@@ -66,7 +63,7 @@ def read_split(path: Path) -> list[Example]:
             if row.id in ids:
                 raise DataError(f"the id {row.id} stands twice.", "make ids unique")
             for picture, name in zip(row.images, row.image_paths, strict=True):
-                decode_picture(picture, name)
+                decode_picture(picture, f"Picture {name}")
         except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
             problem, fix = (error.problem, error.fix) if isinstance(error, UserError) else (str(error), "mend the row")
             raise DataError(f"{path}, row {index} ({record.get('id')}): {problem}", fix) from error
@@ -75,31 +72,13 @@ def read_split(path: Path) -> list[Example]:
     return rows
 
 
-def decode_picture(encoded: bytes, name: str) -> Image.Image:
-    """Decode to RGB.
-
-    Raises:
-        DataError: The bytes are no picture, are cut short, or a side is under 28 pixels.
-    """
-    try:
-        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"Picture {name} does not decode ({error}).", "replace the picture or drop the row") from error
-    if min(picture.size) < MIN_SIDE_PX:
-        raise DataError(
-            f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
-            f"use pictures of at least {MIN_SIDE_PX} pixels a side",
-        )
-    return picture
-
-
 def rows_hash(rows: Sequence[Example]) -> str:
     """A hash of the content: decoded pixels and every text. It does not depend on encoders or file formats."""
     digest = hashlib.sha256()
     for row in rows:
         record = _to_record(row)
         for image in record.pop("images"):
-            picture = decode_picture(image["bytes"], image["path"])
+            picture = decode_picture(image["bytes"], f"Picture {image['path']}")
             digest.update(f"{image['path']} {picture.size}".encode())
             digest.update(picture.tobytes())
         digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
