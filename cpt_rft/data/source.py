@@ -56,7 +56,7 @@ class Source:
             "repo": self.repo,
             "revision": self.revision,
             "config": self.config,
-            "files": [file._asdict() | {"path": None} for file in self.files],
+            "files": [{"part": f.part, "name": f.name, "size": f.size, "sha256": f.sha256} for f in self.files],
             "rows": dict(self.rows),
             "card_rows": dict(self.card_rows),
             "renamed_from": self.renamed_from,

@@ -1,21 +1,26 @@
 """What every task is: a YAML file, where its rows come from, and how a raw row becomes an `Example`."""
 
+import hashlib
+import heapq
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from cpt_rft.config.document import Document
 from cpt_rft.config.load import REPOSITORY, validate
 from cpt_rft.config.nearest import nearest
+from cpt_rft.config.schema import KeyedError
 from cpt_rft.data.drop import Drop
-from cpt_rft.data.example import Example, Kind, Split
+from cpt_rft.data.example import IMAGE_TAG, Example, Kind, Split
 from cpt_rft.data.source import Source
 from cpt_rft.errors import ConfigError, DataError
+from cpt_rft.prompts import PRESETS
 from cpt_rft.seeds import derive_seed
 
 TASK_FILES = REPOSITORY / "configs" / "tasks"
@@ -34,9 +39,11 @@ READERS = (
     "textvqa",
     "vizwiz",
 )
+DEFAULT_PRESET = "task"
 NOT_SAMPLED = "not_sampled"
 """The reason of every row that a stated sample leaves out."""
 _SEED_RANGE = 2**63
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
 
 
 class _Strict(BaseModel):
@@ -110,6 +117,45 @@ class TaskConfig(_Strict):
     note: str | None = None
     """What everyone who uses the rows should know; shown with every table of counts."""
 
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if self.reader not in READERS:
+            raise KeyedError(("reader",), f"unknown {self.reader!r}, the nearest is {nearest(self.reader, READERS)!r}")
+        if DEFAULT_PRESET not in self.prompts:
+            raise KeyedError(("prompts",), f"the preset {DEFAULT_PRESET!r} is missing")
+        for preset in self.prompts:
+            if preset not in PRESETS:
+                raise KeyedError(
+                    ("prompts",), f"unknown preset {preset!r}, the nearest is {nearest(preset, PRESETS)!r}"
+                )
+        for split, rule in self.carve.items():
+            if split in self.splits or rule.from_split not in self.splits:
+                raise KeyedError(("carve", split), "it must be cut from a split of the source and not be one itself")
+        return self
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a reader found in one raw row.
+
+    Attributes:
+        pictures: Original bytes in the order of their tags; none or empty bytes where one is missing.
+        fields: What the prompt's braces stand for.
+        answer: The label.
+        references: Every other accepted answer.
+        kind: How this answer compares, if not as the task says.
+        rationale: A text that leads to the answer, or none.
+        meta: Anything else, JSON-serialisable.
+    """
+
+    pictures: tuple[bytes, ...]
+    fields: Mapping[str, str]
+    answer: str
+    references: tuple[str, ...] = ()
+    kind: Kind | None = None
+    rationale: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
 
 class Task(ABC):
     """A dataset: resolve and download its files, then stream its rows.
@@ -166,25 +212,80 @@ class Task(ABC):
         return self.config.splits[origin]
 
     def holds(self, split: Split, picture: str) -> bool:
-        """Whether a row of ``source_split(split)`` with this picture is in the split rather than in a carved one.
+        """Whether a row of ``source_split(split)`` is in this split rather than in another one cut from the same.
 
         Args:
+            split: Ours.
             picture: What identifies the picture: the sha256 of its bytes or its id in the source.
         """
-        rule = self.config.carve.get(split)
-        if rule is not None:
-            return _carved(self.config.name, split, rule, picture)
-        others = [(name, other) for name, other in self.config.carve.items() if other.from_split == split]
-        return not any(_carved(self.config.name, name, other, picture) for name, other in others)
+        origin = self.config.carve[split].from_split if split in self.config.carve else split
+        for name in ("test", "dev"):
+            rule = self.config.carve.get(name)
+            if rule is not None and rule.from_split == origin and _carved(self.config.name, name, rule, picture):
+                return name == split
+        return split == origin
 
-    def problem_texts(self, split: Split, fields: Mapping[str, str]) -> dict[str, str]:
-        """The problem in the wording of every preset, by the name of the preset."""
+    def sampled(self, split: Split, keys: Iterable[str]) -> set[str] | None:
+        """The keys of a split's rows that its sample keeps, or none if all stay; ``keys`` is then not read."""
+        rule = self.config.sample.get(split)
+        if rule is None:
+            return None
+        ranked = ((derive_seed("sample", self.config.name, split, rule.seed, key), key) for key in keys)
+        return {key for _, key in heapq.nsmallest(rule.rows, ranked)}
+
+    def row_id(self, split: Split, key: str) -> str:
+        """The id of the row with this key in the source."""
+        return f"{self.config.name}/{self.source_split(split)}/{key}"
+
+    def row(self, split: Split, key: str, raw: Raw) -> Example | Drop:
+        """The example of a row, or the drop that says what it lacks."""
+        row_id = self.row_id(split, key)
+        if any(not picture for picture in raw.pictures):
+            return Drop(row_id, split, "no_picture", "the picture is missing or empty")
+        if not raw.answer.strip():
+            return Drop(row_id, split, "empty_answer", repr(raw.answer))
+        if not any(text.strip() for text in raw.fields.values()):
+            return Drop(row_id, split, "empty_question", repr(dict(raw.fields)))
+        problems = self._problems(split, raw.fields)
+        tags = {text.count(IMAGE_TAG) for text in problems.values()}
+        if tags != {len(raw.pictures)}:
+            return Drop(row_id, split, "image_tags", f"{sorted(tags)} tags for {len(raw.pictures)} pictures")
+        problem = problems[DEFAULT_PRESET]
+        others = {preset: text for preset, text in problems.items() if text != problem}
+        return Example(
+            id=row_id,
+            task=self.config.name,
+            split=split,
+            images=raw.pictures,
+            image_paths=tuple(picture_path(picture) for picture in raw.pictures),
+            problem=problem,
+            answer=raw.answer,
+            references=tuple(dict.fromkeys((raw.answer, *(text for text in raw.references if text.strip())))),
+            kind=raw.kind or self.config.kind,
+            rationale=raw.rationale,
+            rationale_source="dataset" if raw.rationale else None,
+            meta=dict(raw.meta) | ({"problems": others} if others else {}),
+        )
+
+    def _problems(self, split: Split, fields: Mapping[str, str]) -> dict[str, str]:
         texts = {}
         for preset, wording in self.config.prompts.items():
             if isinstance(wording, SplitPrompt):
                 wording = wording.train if split == "train" else wording.test
-            texts[preset] = wording.format_map(fields)
+            try:
+                texts[preset] = wording.format_map(fields)
+            except (KeyError, ValueError, IndexError) as error:
+                raise ConfigError(
+                    f"task {self.config.name}: the prompt {preset!r} cannot be filled in ({error}).",
+                    f"its fields are {', '.join(sorted(fields))}, each in one pair of braces",
+                ) from error
         return texts
+
+
+def picture_path(picture: bytes) -> str:
+    """A name for a picture that depends on its bytes only: the same picture has the same name in every row."""
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if picture.startswith(magic)), "bin")
+    return f"{hashlib.sha256(picture).hexdigest()[:32]}.{suffix}"
 
 
 def _carved(task: str, split: str, rule: Carve, picture: str) -> bool:
@@ -209,12 +310,7 @@ def load_task_config(name_or_path: str | Path) -> TaskConfig:
             known = nearest(str(name_or_path), names)
             raise ConfigError(f"unknown task {str(name_or_path)!r}, the nearest is {known!r}.", f"use one of {names}")
         path = TASK_FILES / f"{name_or_path}.yaml"
-    document = Document.read(path)
-    config = validate(TaskConfig, document)
-    if config.reader not in READERS:
-        problem = f"unknown reader {config.reader!r}, the nearest is {nearest(config.reader, READERS)!r}"
-        raise ConfigError(f"{document.place(('reader',))}: {problem}.", f"use one of {', '.join(READERS)}")
-    return config
+    return validate(TaskConfig, Document.read(path))
 
 
 def load_task(name_or_path: str | Path) -> Task:
