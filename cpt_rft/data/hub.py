@@ -20,6 +20,7 @@ from cpt_rft.files import read_json, sha256_file, write_json_atomic
 T = TypeVar("T")
 SPARE_BYTES = 2**30
 _PATHS_A_REQUEST = 500
+_BATCH = 16
 
 
 class Table(NamedTuple):
@@ -87,10 +88,15 @@ def fetch_files(repos: Sequence[str], revision: str | None, names: Mapping[str, 
     return _fetch(asked, repos, revision, list_files, lock)
 
 
-def stream(files: Sequence[SourceFile], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def stream(files: Sequence[SourceFile], columns: Sequence[str], batch: int = _BATCH) -> Iterator[dict[str, Any]]:
     """The rows of parquet files as dictionaries of some columns, pictures as ``{"bytes", "path"}``.
 
     A column that the files lack is absent from the rows.
+
+    Args:
+        files: They have the same columns.
+        columns: What to read.
+        batch: Rows in memory as Python objects, pictures included.
 
     Raises:
         DataError: A file does not read.
@@ -114,7 +120,8 @@ def stream(files: Sequence[SourceFile], columns: Sequence[str]) -> Iterator[dict
         features=features,
     )
     try:
-        yield from rows
+        for table in rows.with_format("arrow").iter(batch_size=batch):
+            yield from table.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(files[0], error) from error
 

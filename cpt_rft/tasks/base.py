@@ -4,7 +4,7 @@ import hashlib
 import heapq
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import KeyedError
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import IMAGE_TAG, Example, Kind, Split
+from cpt_rft.data.reasons import Reason
 from cpt_rft.data.source import Source
 from cpt_rft.errors import ConfigError, DataError
 from cpt_rft.prompts import PRESETS
@@ -39,9 +40,12 @@ READERS = (
     "textvqa",
     "vizwiz",
 )
+Options = Mapping[str, str | int | float | bool | None]
 DEFAULT_PRESET = "task"
 NOT_SAMPLED = "not_sampled"
 """The reason of every row that a stated sample leaves out."""
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+"""What a reader raises at a row that is not of the documented form."""
 _SEED_RANGE = 2**63
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
 
@@ -108,7 +112,7 @@ class TaskConfig(_Strict):
     """Published row counts, before carving and sampling and without rows dropped for an expected reason."""
     expected_drops: tuple[str, ...] = ()
     """Reasons that belong to the task: these drops are counted and shown but are no fault of the data."""
-    options: Mapping[str, str | int | float | bool | None] = {}
+    options: Options = {}
     """What only this reader understands."""
     licence: str | None = None
     """As the card states it; null where none was found."""
@@ -164,22 +168,11 @@ class Task(ABC):
     ``<task>/<source split>/<id or number in the source>``.
     """
 
-    OPTIONS: ClassVar[Mapping[str, str | int | float | bool | None]] = {}
+    OPTIONS: ClassVar[Options] = {}
     """The options of the reader with their defaults."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
-
-    @property
-    def splits(self) -> tuple[Split, ...]:
-        """The splits that the task has, carved ones included, in the order train, dev, test."""
-        order: tuple[Split, ...] = ("train", "dev", "test")
-        return tuple(split for split in order if split in self.config.splits or split in self.config.carve)
-
-    @cached_property
-    def options(self) -> dict[str, Any]:
-        """Every option of the reader, with its default where the configuration says nothing."""
-        return dict(self.OPTIONS) | dict(self.config.options)
 
     @abstractmethod
     def source(self, cache: Path) -> Source:
@@ -199,6 +192,17 @@ class Task(ABC):
         A carved split and the split that it is cut from share a source split; each raw row is a row or a drop of
         exactly one of the two.
         """
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits that the task has, carved ones included, in the order train, dev, test."""
+        order: tuple[Split, ...] = ("train", "dev", "test")
+        return tuple(split for split in order if split in self.config.splits or split in self.config.carve)
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Every option of the reader, with its default where the configuration says nothing."""
+        return dict(self.OPTIONS) | dict(self.config.options)
 
     def source_split(self, split: Split) -> str:
         """What the source calls the split that holds the rows of ours.
@@ -237,19 +241,31 @@ class Task(ABC):
         """The id of the row with this key in the source."""
         return f"{self.config.name}/{self.source_split(split)}/{key}"
 
+    def converted(self, split: Split, key: str, read: Callable[[], Raw]) -> Example | Drop:
+        """The example of a row, or the drop that says why ``read`` could not read it or what it lacks."""
+        try:
+            raw = read()
+        except MALFORMED as error:
+            return Drop(self.row_id(split, key), split, Reason.ROW_MALFORMED, f"{type(error).__name__}: {error}")
+        return self.row(split, key, raw)
+
+    def left_out(self, split: Split, key: str) -> Drop:
+        """The drop of a row that the sample does not keep."""
+        return Drop(self.row_id(split, key), split, NOT_SAMPLED, "outside the seeded sample")
+
     def row(self, split: Split, key: str, raw: Raw) -> Example | Drop:
         """The example of a row, or the drop that says what it lacks."""
         row_id = self.row_id(split, key)
         if any(not picture for picture in raw.pictures):
-            return Drop(row_id, split, "no_picture", "the picture is missing or empty")
+            return Drop(row_id, split, Reason.PICTURE_MISSING, "no picture, or one of no bytes")
         if not raw.answer.strip():
-            return Drop(row_id, split, "empty_answer", repr(raw.answer))
+            return Drop(row_id, split, Reason.ANSWER_EMPTY, repr(raw.answer))
         if not any(text.strip() for text in raw.fields.values()):
-            return Drop(row_id, split, "empty_question", repr(dict(raw.fields)))
+            return Drop(row_id, split, Reason.ROW_MALFORMED, "the question is empty")
         problems = self._problems(split, raw.fields)
         tags = {text.count(IMAGE_TAG) for text in problems.values()}
         if tags != {len(raw.pictures)}:
-            return Drop(row_id, split, "image_tags", f"{sorted(tags)} tags for {len(raw.pictures)} pictures")
+            return Drop(row_id, split, Reason.IMAGE_TAGS, f"{sorted(tags)} tags for {len(raw.pictures)} pictures")
         problem = problems[DEFAULT_PRESET]
         others = {preset: text for preset, text in problems.items() if text != problem}
         return Example(

@@ -3,6 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,7 @@ from cpt_rft.data.example import Example, Split
 from cpt_rft.data.hub import Table, columns_of, fetch_tables, stream
 from cpt_rft.data.source import Source
 from cpt_rft.errors import DataError
-from cpt_rft.tasks.base import NOT_SAMPLED, Raw, Task
-
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
-"""What a reader raises at a row that is not of the documented form."""
+from cpt_rft.tasks.base import Raw, Task
 
 
 class TableTask(Task):
@@ -30,7 +28,7 @@ class TableTask(Task):
         """What a raw row says.
 
         Raises:
-            ValueError: The row is not of the documented form; so may whatever else `MALFORMED` lists.
+            ValueError: The row is not of the documented form. Any of `cpt_rft.tasks.base.MALFORMED` says so.
         """
 
     def key(self, index: int, raw: Mapping[str, Any]) -> str:
@@ -49,14 +47,9 @@ class TableTask(Task):
         kept = self.sampled(split, (key for key, _ in self._held(split, source)))
         for key, raw in self._held(split, source):
             if kept is not None and key not in kept:
-                yield Drop(self.row_id(split, key), split, NOT_SAMPLED, "outside the seeded sample")
-                continue
-            try:
-                found = self.read(raw)
-            except MALFORMED as error:
-                yield Drop(self.row_id(split, key), split, "malformed", f"{type(error).__name__}: {error}")
+                yield self.left_out(split, key)
             else:
-                yield self.row(split, key, found)
+                yield self.converted(split, key, partial(self.read, raw))
 
     def _held(self, split: Split, source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         files = source.part(self.source_split(split))
@@ -73,8 +66,12 @@ class TableTask(Task):
 
     def _picture_id(self, key: str, raw: Mapping[str, Any]) -> str:
         cell = raw.get("image") or (raw.get("images") or [None])[0]
-        picture = picture_bytes(cell)
-        return hashlib.sha256(picture).hexdigest() if picture else key
+        return picture_id(key, picture_bytes(cell))
+
+
+def picture_id(key: str, picture: bytes) -> str:
+    """What decides the split of a row: its picture, or its key if it has none."""
+    return hashlib.sha256(picture).hexdigest() if picture else key
 
 
 def picture_bytes(cell: Any) -> bytes:
