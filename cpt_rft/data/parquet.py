@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 def write_split(path: Path, rows: Sequence[Example]) -> None:
     """Write rows as one parquet file, whole or not at all."""
-    table = pa.Table.from_pylist([_to_record(row) for row in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([to_record(row) for row in rows], schema=SCHEMA)
     with atomic_path(path) as partial:
         pq.write_table(table, partial)
 
@@ -59,7 +59,7 @@ def read_split(path: Path) -> list[Example]:
     ids: set[str] = set()
     for index, record in enumerate(table.to_pylist()):
         try:
-            row = _from_record(record)
+            row = from_record(record)
             if row.id in ids:
                 raise DataError(f"the id {row.id} stands twice.", "make ids unique")
             for picture, name in zip(row.images, row.image_paths, strict=True):
@@ -76,7 +76,7 @@ def rows_hash(rows: Sequence[Example]) -> str:
     """A hash of the content: decoded pixels and every text. It does not depend on encoders or file formats."""
     digest = hashlib.sha256()
     for row in rows:
-        record = _to_record(row)
+        record = to_record(row)
         for image in record.pop("images"):
             picture = decode_picture(image["bytes"], f"Picture {image['path']}")
             digest.update(f"{image['path']} {picture.size}".encode())
@@ -85,7 +85,8 @@ def rows_hash(rows: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _to_record(row: Example) -> dict[str, Any]:
+def to_record(row: Example) -> dict[str, Any]:
+    """A row as cells of `SCHEMA`."""
     images = [{"bytes": b, "path": p} for b, p in zip(row.images, row.image_paths, strict=True)]
     return {
         "id": row.id,
@@ -102,7 +103,12 @@ def _to_record(row: Example) -> dict[str, Any]:
     }
 
 
-def _from_record(record: dict[str, Any]) -> Example:
+def from_record(record: dict[str, Any]) -> Example:
+    """A row from cells of `SCHEMA`.
+
+    Raises:
+        DataError, TypeError, KeyError, ValueError: A cell breaks the contract.
+    """
     if record["answer"] is None or record["references"] is None:
         raise DataError("the answer is empty.", "give the row an answer or drop it")
     return Example(

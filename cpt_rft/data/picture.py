@@ -79,7 +79,8 @@ def canonical(picture: Image.Image, where: str) -> Image.Image:
     """RGB, 8 bit, upright, opaque; the picture itself if it is that already.
 
     Transparent parts become white, as in a browser, in qwen-vl-utils and in transformers 5; the plain
-    ``convert("RGB")`` of transformers 4, EasyR1 and LLaMA-Factory shows what the file hides behind them. Sixteen-bit greys are scaled, where ``convert`` would cut them off at 255.
+    ``convert("RGB")`` of transformers 4, EasyR1 and LLaMA-Factory shows what the file hides behind them.
+    Sixteen-bit greys are scaled, where ``convert`` would cut them off at 255.
 
     Raises:
         PictureError: Its pixels are no numbers that stand for a shade.

@@ -1,0 +1,53 @@
+"""What is known of every prepared row without its pictures: for tables, plots and comparisons between tasks."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpt_rft.data.checks import PictureFacts
+from cpt_rft.data.overlap import Located
+from cpt_rft.data.parts import RowFacts
+
+INDEX_NAME = "index.parquet"
+_PICTURE = pa.struct(
+    [
+        *((name, pa.string()) for name in ("fingerprint", "sha256")),
+        *((name, pa.int32()) for name in ("width", "height")),
+        ("changed", pa.bool_()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("split", "id", "question", "answer")),
+        *((name, pa.int64()) for name in ("tokens", "vision_tokens")),
+        ("pictures", pa.list_(_PICTURE)),
+    ]
+)
+
+
+def write_index(path: Path, rows: Iterable[tuple[str, RowFacts]]) -> None:
+    """Write the facts of all rows with the split of each, in the order of the splits' files."""
+    records = [
+        {"split": split, **facts._asdict(), "pictures": [picture._asdict() for picture in facts.pictures]}
+        for split, facts in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), path, compression="zstd")
+
+
+def read_index(directory: Path) -> list[dict[str, Any]]:
+    """The facts of every row of a prepared task."""
+    return pq.read_table(directory / INDEX_NAME).to_pylist()
+
+
+def locate_rows(directory: Path) -> dict[str, list[Located]]:
+    """Every row of a prepared task by split, with its place in the split's file."""
+    found: dict[str, list[Located]] = {}
+    for record in read_index(directory):
+        split = record.pop("split")
+        facts = RowFacts(**record | {"pictures": tuple(PictureFacts(**picture) for picture in record["pictures"])})
+        rows = found.setdefault(split, [])
+        rows.append(Located(directory / f"{split}.parquet", len(rows), facts))
+    return found

@@ -1,0 +1,200 @@
+"""A split in parts: each is checked by one process and is whole on disk, or absent and made again.
+
+Where a part ends depends on the rows alone, so a prepare that was killed goes on with the same parts.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cpt_rft.data.checks import CheckedRow, PictureFacts, RowChecker
+from cpt_rft.data.drop import Drop
+from cpt_rft.data.example import Example
+from cpt_rft.data.parquet import SCHEMA, from_record, to_record
+from cpt_rft.files import atomic_path, read_json, write_text_atomic
+
+PART_ROWS = 512
+PART_BYTES = 16 * 2**20  # of pictures: what one process holds at once, a few times over
+_WRITE = {"compression": "none", "write_statistics": False, "use_dictionary": False}  # pictures are compressed
+DONE_NAME = "complete.json"
+
+_checker: RowChecker | None = None  # of this worker process
+
+
+class RowFacts(NamedTuple):
+    """What is remembered of a row that is fine by itself, so that rows can be compared without their pictures.
+
+    Attributes:
+        id: Its id.
+        question: A hash of its problem.
+        answer: Its label.
+        tokens, vision_tokens: See `cpt_rft.data.checks.CheckedRow`.
+        pictures: In the order of their tags.
+    """
+
+    id: str
+    question: str
+    answer: str
+    tokens: int
+    vision_tokens: int
+    pictures: tuple[PictureFacts, ...]
+
+
+class PartFacts(NamedTuple):
+    """One part as it lies on disk.
+
+    Attributes:
+        path: The parquet file; it holds exactly the rows of `kept`, in order.
+        rows_in: Rows that came in.
+        kept: The rows that passed.
+        drops: The others.
+    """
+
+    path: Path
+    rows_in: int
+    kept: tuple[RowFacts, ...]
+    drops: tuple[Drop, ...]
+
+
+def make_parts(
+    rows: Iterable[Example | Drop],
+    directory: Path,
+    checker: RowChecker,
+    processes: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Check every row of a split and write what passed, part by part; parts that are there are not made again.
+
+    Args:
+        rows: In a fixed order.
+        directory: Of this split; its parts must come from the same rows and checks.
+        checker: Copied to every process.
+        processes: With one, everything happens in this process.
+        progress: Told the number of rows read so far, now and then.
+    """
+    done = directory / DONE_NAME
+    if done.exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    count = number = 0
+    with _pool(checker, processes) as run:
+        for number, part in enumerate(_cut(rows), 1):
+            path = _path(directory, number - 1)
+            if not path.with_suffix(".json").exists():
+                run(part, path)
+            count += len(part)
+            progress(count)
+    write_text_atomic(done, json.dumps({"parts": number}))
+
+
+def read_parts(directory: Path) -> Iterator[PartFacts]:
+    """Every part of a split whose parts are all made, in order."""
+    for number in range(read_json(directory / DONE_NAME)["parts"]):
+        path = _path(directory, number)
+        stored = read_json(path.with_suffix(".json"))
+        kept = [(*row[:-1], tuple(PictureFacts(*facts) for facts in row[-1])) for row in stored["kept"]]
+        yield PartFacts(
+            path, stored["rows_in"], tuple(map(RowFacts._make, kept)), tuple(Drop(*drop) for drop in stored["drops"])
+        )
+
+
+def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write a split as one parquet file, a row group a table; memory holds one table at a time."""
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, SCHEMA, **_WRITE) as writer:
+        for table in tables:
+            if table.num_rows:
+                writer.write_table(table, row_group_size=table.num_rows)
+
+
+def read_part(path: Path) -> pa.Table:
+    """The rows of one part."""
+    return pq.read_table(path, schema=SCHEMA, memory_map=False)
+
+
+def examples_of(path: Path) -> Iterator[Example]:
+    """Rows of a written split; memory holds one row group."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            for record in file.read_row_group(group).to_pylist():
+                yield from_record(record)
+
+
+def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
+    part: list[Example | Drop] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        if isinstance(row, Example):
+            size += sum(len(data) for data in row.images if isinstance(data, bytes))
+        if len(part) == PART_ROWS or size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+@contextlib.contextmanager
+def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Example | Drop], Path], None]]:
+    """A function that makes a part now or soon; all are made, or an error is raised, when the block ends."""
+    if processes <= 1:
+        yield lambda part, path: make_part(checker, part, path)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    waiting: deque[Future[None]] = deque()
+    with ProcessPoolExecutor(processes, context, _start_worker, (checker,)) as pool:
+
+        def run(part: list[Example | Drop], path: Path) -> None:
+            waiting.append(pool.submit(_work, part, path))
+            while len(waiting) > processes:  # one part more than can be worked on, so that memory stays bounded
+                waiting.popleft().result()
+
+        try:
+            yield run
+            for future in waiting:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(checker: RowChecker) -> None:
+    global _checker
+    _checker = checker
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+
+
+def _work(part: list[Example | Drop], path: Path) -> None:
+    assert _checker is not None
+    make_part(_checker, part, path)
+
+
+def make_part(checker: RowChecker, rows: Iterable[Example | Drop], path: Path) -> None:
+    """Check rows and write those that pass; the facts are written last and say that the part is whole."""
+    outcomes = [row if isinstance(row, Drop) else checker(row) for row in rows]
+    kept = [outcome for outcome in outcomes if isinstance(outcome, CheckedRow)]
+    drops = [outcome for outcome in outcomes if isinstance(outcome, Drop)]
+    table = pa.Table.from_pylist([to_record(row.example) for row in kept], schema=SCHEMA)
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, **_WRITE)
+    facts: dict[str, Any] = {"rows_in": len(outcomes), "kept": [_facts(row) for row in kept], "drops": drops}
+    write_text_atomic(path.with_suffix(".json"), json.dumps(facts))  # ASCII: ids may hold anything
+
+
+def _facts(row: CheckedRow) -> list[Any]:
+    example = row.example
+    question = hashlib.blake2b(example.problem.encode(), digest_size=10).hexdigest()
+    return [example.id, question, example.answer, row.tokens, row.vision_tokens, list(row.pictures)]
+
+
+def _path(directory: Path, number: int) -> Path:
+    return directory / f"{number:06d}.parquet"
