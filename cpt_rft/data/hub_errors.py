@@ -57,7 +57,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> DataError | No
         )
     if "BuilderConfig" in text and "not found" in text:
         return DataError(f"{repo}: {text}.", "set 'config' of the task to one of these")
-    if isinstance(error, datasets.exceptions.DataFilesNotFoundError):
+    if kinds & {"DataFilesNotFoundError", "EmptyDatasetError"}:
         return DataError(f"{repo} holds no data files ({text}).", "set 'revision' or 'repos' of the task")
     if "No space left" in text:
         return DataError("The disk is full.", "free some space or set HF_HOME to a larger disk, then prepare again")

@@ -154,7 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(fault.status, b"fault", extra)
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[0] == "site":
-            return self.file(self.hub.site.get(path), {"ETag": '"site"', "Accept-Ranges": "bytes"}, fault)
+            content = self.hub.site.get(path)
+            etag = f'"{hashlib.sha1(content or b"").hexdigest()}"'
+            return self.file(content, {"ETag": etag, "Accept-Ranges": "bytes"}, fault)
         if parts[0] == "lfs":
             content = self.hub.repos["/".join(parts[1:3])].files["/".join(parts[3:])]
             return self.file(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, fault)
@@ -218,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.missing("EntryNotFound")
         status, start, end = 200, 0, len(content)
         wanted = self.headers.get("Range")
-        if wanted and self.hub.ranges:
+        same = self.headers.get("If-Range") in (None, headers.get("ETag"))
+        if wanted and same and self.hub.ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1 if last else end, end)
             if start >= len(content):
