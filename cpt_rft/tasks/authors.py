@@ -20,4 +20,4 @@ class Reader(TableTask):
         problem = text_of(raw["problem"])
         if IMAGE_TAG not in problem:
             problem = IMAGE_TAG + problem
-        return Raw(tuple(picture_bytes(cell) for cell in cells), {"problem": problem}, text_of(raw["answer"]))
+        return Raw(tuple(picture_bytes(cell) for cell in cells), {"question": problem}, text_of(raw["answer"]))

@@ -144,7 +144,7 @@ class Raw:
 
     Attributes:
         pictures: Original bytes in the order of their tags; none or empty bytes where one is missing.
-        fields: What the prompt's braces stand for.
+        fields: What the prompt's braces stand for, ``question`` among them.
         answer: The label.
         references: Every other accepted answer.
         kind: How this answer compares, if not as the task says.
@@ -260,7 +260,7 @@ class Task(ABC):
             return Drop(row_id, split, Reason.PICTURE_MISSING, "no picture, or one of no bytes")
         if not raw.answer.strip():
             return Drop(row_id, split, Reason.ANSWER_EMPTY, repr(raw.answer))
-        if not any(text.strip() for text in raw.fields.values()):
+        if not raw.fields["question"].strip():
             return Drop(row_id, split, Reason.ROW_MALFORMED, "the question is empty")
         problems = self._problems(split, raw.fields)
         tags = {text.count(IMAGE_TAG) for text in problems.values()}
