@@ -78,7 +78,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     """The command line.
 
     Args:
-        verb: The verb about to be run; two verbs declare their own options and are imported only then.
+        verb: The verb about to be run; some verbs declare their own options and are imported only then.
     """
     parser = _Parser(
         prog="cpt-rft",
@@ -98,13 +98,14 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     schema.add_argument("--debug", action="store_true", help="show the traceback of an error")
     schema.set_defaults(verb=_schema)
     for name, module, text in (
-        ("pretrain", "pretrain", "make the miniature base model"),
-        ("audit-base", "audit", "print and assert what the base model can do"),
+        ("data", "cpt_rft.data.command", "prepare, check, show and export real datasets"),
+        ("pretrain", "cpt_rft.miniature.pretrain", "make the miniature base model"),
+        ("audit-base", "cpt_rft.miniature.audit", "print and assert what the base model can do"),
     ):
         child = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         child.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if verb == name:
-            _add_module(child, f"cpt_rft.miniature.{module}")
+            _add_module(child, module)
     return parser
 
 

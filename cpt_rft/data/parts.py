@@ -24,7 +24,8 @@ from cpt_rft.files import atomic_path, read_json, write_text_atomic
 
 PART_ROWS = 512
 PART_BYTES = 16 * 2**20  # of pictures: what one process holds at once, a few times over
-_WRITE = {"compression": "none", "write_statistics": False, "use_dictionary": False}  # pictures are compressed
+# Pictures are compressed already, and nobody searches these files by value.
+PARQUET_OPTIONS = {"compression": "none", "write_statistics": False, "use_dictionary": False}
 DONE_NAME = "complete.json"
 
 _checker: RowChecker | None = None  # of this worker process
@@ -109,7 +110,7 @@ def read_parts(directory: Path) -> Iterator[PartFacts]:
 
 def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
     """Write a split as one parquet file, a row group a table; memory holds one table at a time."""
-    with atomic_path(path) as partial, pq.ParquetWriter(partial, SCHEMA, **_WRITE) as writer:
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, SCHEMA, **PARQUET_OPTIONS) as writer:
         for table in tables:
             if table.num_rows:
                 writer.write_table(table, row_group_size=table.num_rows)
@@ -185,7 +186,7 @@ def make_part(checker: RowChecker, rows: Iterable[Example | Drop], path: Path) -
     drops = [outcome for outcome in outcomes if isinstance(outcome, Drop)]
     table = pa.Table.from_pylist([to_record(row.example) for row in kept], schema=SCHEMA)
     with atomic_path(path) as partial:
-        pq.write_table(table, partial, **_WRITE)
+        pq.write_table(table, partial, **PARQUET_OPTIONS)
     facts: dict[str, Any] = {"rows_in": len(outcomes), "kept": [_facts(row) for row in kept], "drops": drops}
     write_text_atomic(path.with_suffix(".json"), json.dumps(facts))  # ASCII: ids may hold anything
 
