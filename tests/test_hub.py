@@ -193,10 +193,38 @@ def test_offline_uses_what_is_here_and_names_what_is_not(hub, tmp_path, monkeypa
 
 def test_plain_files_are_fetched_as_parts(hub, tmp_path):
     hub.add(Repo("a/files", {"README.md": b"", "big/a.zip": b"zip", "b.txt": b"text"}))
-    source = fetch_files(["a/files"], None, {"pictures": "big/a.zip", "notes": "b.txt"}, tmp_path / "lock.json")
+    source = fetch_files(
+        ["a/files"], None, {"pictures": "big/a.zip", "notes": "b.txt"}, tmp_path / "lock.json", tmp_path
+    )
     assert [file.path.read_bytes() for part in ("pictures", "notes") for file in source.part(part)] == [b"zip", b"text"]
     with pytest.raises(DataError, match=r"has no file c\.txt"):
-        fetch_files(["a/files"], None, {"c": "c.txt"}, tmp_path / "other.json")
+        fetch_files(["a/files"], None, {"c": "c.txt"}, tmp_path / "other.json", tmp_path)
+
+
+def test_a_large_file_goes_on_where_a_killed_download_ended(hub, tmp_path, monkeypatch):
+    content = bytes(range(256)) * 40
+    hub.add(Repo("a/files", {"README.md": b"", "a.zip": content}))
+    asked = ["a/files"], None, {"pictures": "a.zip"}, tmp_path / "lock.json", tmp_path
+    hub.faults = [Fault("/lfs/", "cut", at=3000), Fault("/lfs/", "status", times=-1)]
+    with pytest.raises(DataError, match=r"a\.zip could not be fetched"):
+        fetch_files(*asked)
+    hub.faults = []
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    source = fetch_files(*asked)
+    assert source.files[0].path.read_bytes() == content
+    assert hub.requests[-1].endswith("bytes=3000-")
+    assert any("/resolve/" in path for path in hub.authorized)
+    assert not any("/lfs/" in path for path in hub.authorized)  # the token stays with the hub
+    before = len(hub.requests)
+    assert fetch_files(*asked) == source
+    assert len(hub.requests) == before
+
+
+def test_a_large_file_that_is_not_what_the_hub_states_is_refused(hub, tmp_path):
+    hub.add(Repo("a/files", {"README.md": b"", "a.zip": b"zip"}, stated_sha256={"a.zip": "0" * 64}))
+    with pytest.raises(DataError, match=r"a\.zip of a/files came twice"):
+        fetch_files(["a/files"], None, {"pictures": "a.zip"}, tmp_path / "lock.json", tmp_path)
+    assert not (tmp_path / "a.zip").exists()
 
 
 def test_the_hub_answers_the_unpatched_library_as_the_real_one_does(hub, tmp_path):

@@ -86,7 +86,7 @@ def test_an_archive_that_is_gone_is_asked_for_once(hub, tmp_path):
 
 
 def test_nothing_is_begun_where_the_disk_is_too_small(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("cpt_rft.data.hub.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("cpt_rft.data.space.SPARE_BYTES", 2**60)
     with pytest.raises(DataError, match="GB are free"):
         fetch(hub, tmp_path)
     assert not list((tmp_path / "archives").glob(".*.part"))

@@ -6,19 +6,19 @@ that neither memory nor a second copy on disk grows with the set. A download tha
 file that is not complete.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from cpt_rft.data.hub_errors import explain, need_data_extra
 from cpt_rft.data.retry import PATIENCE, retrying
+from cpt_rft.data.site import fetch_archive
 from cpt_rft.data.source import Source, SourceFile
+from cpt_rft.data.space import require_space
 from cpt_rft.errors import DataError
 from cpt_rft.files import read_json, sha256_file, write_json_atomic
 
 T = TypeVar("T")
-SPARE_BYTES = 2**30
 _PATHS_A_REQUEST = 500
 _BATCH = 16
 
@@ -62,30 +62,59 @@ def fetch_tables(repos: Sequence[str], revision: str | None, tables: Sequence[Ta
             card_rows |= counts
         return listed, card_rows
 
-    source = _fetch(asked, repos, revision, list_files, lock)
-    rows = {table.part: sum(_num_rows(file.path) for file in source.part(table.part)) for table in tables}
+    known = _resolved(asked, repos, revision, list_files, lock)
+    listed = [_Listed(**file) for file in known["files"]]
+    repo, sha = known["repo"], known["revision"]
+    _check_space(repo, sha, listed)
+    files = tuple(_download(repo, sha, file, trusted=known["complete"]) for file in listed)
+    if not known["complete"]:
+        known["files"] = [{"part": f.part, "name": f.name, "size": f.size, "sha256": f.sha256} for f in files]
+        write_json_atomic(lock, known | {"complete": True})
+    rows = {table.part: sum(_num_rows(file.path) for file in files if file.part == table.part) for table in tables}
     config = tables[0].config if len({table.config for table in tables}) == 1 else None
-    return Source(source.repo, source.revision, config, source.files, rows, source.card_rows, source.renamed_from)
+    return Source(repo, sha, config, files, rows, known["card_rows"], known["renamed_from"])
 
 
-def fetch_files(repos: Sequence[str], revision: str | None, names: Mapping[str, str], lock: Path) -> Source:
+def fetch_files(
+    repos: Sequence[str], revision: str | None, names: Mapping[str, str], lock: Path, directory: Path
+) -> Source:
     """Resolve and download plain files of a repository, each a part of its own.
+
+    They are large, so they are fetched like a site's archives: a killed download goes on within the file.
 
     Args:
         repos: The names to try, in order.
         revision: A commit, branch or tag; none for the newest.
         names: Path in the repository by part.
         lock: A JSON file that remembers what was resolved.
+        directory: Where the files go.
 
     Raises:
         DataError: With what is wrong and what to do.
     """
+    _, huggingface_hub = need_data_extra()
     asked = {"repos": list(repos), "revision": revision, "files": dict(names)}
 
     def list_files(repo: str, sha: str) -> tuple[list[_Listed], dict[str, int]]:
         return _with_sizes(repo, sha, [(part, name) for part, name in names.items()]), {}
 
-    return _fetch(asked, repos, revision, list_files, lock)
+    known = _resolved(asked, repos, revision, list_files, lock)
+    listed = [_Listed(**file) for file in known["files"]]
+    repo, sha = known["repo"], known["revision"]
+    require_space(directory, sum(f.size for f in listed if not (directory / Path(f.name).name).is_file()), repo)
+    files = []
+    for file in listed:
+        url = huggingface_hub.hf_hub_url(repo, file.name, revision=sha, repo_type="dataset")
+        headers = huggingface_hub.utils.build_hf_headers()
+        for _ in range(2):
+            fetched = fetch_archive(url, directory, file.part, headers)
+            if file.sha256 in (None, fetched.sha256):
+                files.append(SourceFile(file.part, file.name, fetched.size, fetched.sha256, fetched.path))
+                break
+            fetched.path.unlink()
+        else:
+            raise _other_content(repo, file, fetched.sha256)
+    return Source(repo, sha, None, tuple(files), {}, {}, known["renamed_from"])
 
 
 def stream(files: Sequence[SourceFile], columns: Sequence[str], batch: int = _BATCH) -> Iterator[dict[str, Any]]:
@@ -133,27 +162,21 @@ def columns_of(files: Sequence[SourceFile]) -> list[str]:
     return list(pq.read_schema(files[0].path).names)
 
 
-def _fetch(
+def _resolved(
     asked: dict[str, Any],
     repos: Sequence[str],
     revision: str | None,
     list_files: Callable[[str, str], tuple[list[_Listed], dict[str, int]]],
     lock: Path,
-) -> Source:
+) -> dict[str, Any]:
+    """What the lock says, or what the hub says now, which is then locked."""
     need_data_extra()
     known = read_json(lock)
     if known.get("asked") != asked:
         known = {"asked": asked, "complete": False} | _resolve(repos, revision, list_files)
         lock.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(lock, known)
-    listed = [_Listed(file["part"], file["name"], file["size"], file["sha256"]) for file in known["files"]]
-    repo, sha = known["repo"], known["revision"]
-    _check_space(repo, sha, listed)
-    files = tuple(_download(repo, sha, file, trusted=known["complete"]) for file in listed)
-    if not known["complete"]:
-        known["files"] = [{"part": f.part, "name": f.name, "size": f.size, "sha256": f.sha256} for f in files]
-        write_json_atomic(lock, known | {"complete": True})
-    return Source(repo, sha, None, files, {}, known["card_rows"], known["renamed_from"])
+    return known
 
 
 def _resolve(
@@ -244,21 +267,6 @@ def _check_space(repo: str, sha: str, listed: Sequence[_Listed]) -> None:
     require_space(place, missing, repo)
 
 
-def require_space(place: Path, size: int, what: str) -> None:
-    """Raise unless ``size`` bytes and a little more are free where ``place`` is or will be.
-
-    Raises:
-        DataError: They are not.
-    """
-    existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size + SPARE_BYTES:
-        raise DataError(
-            f"{what} needs {size / 1e9:.1f} GB more in {place}, and {free / 1e9:.1f} GB are free there.",
-            "free some space, or set HF_HOME (files of the hub) or the data directory to a larger disk",
-        )
-
-
 def _cached(repo: str, sha: str, name: str) -> Path | None:
     _, huggingface_hub = need_data_extra()
     path = huggingface_hub.try_to_load_from_cache(repo, name, revision=sha, repo_type="dataset")
@@ -284,7 +292,11 @@ def _download(repo: str, sha: str, file: _Listed, *, trusted: bool) -> SourceFil
         found = sha256_file(path)
         if file.sha256 in (None, found):
             return SourceFile(file.part, file.name, path.stat().st_size, found, path)
-    raise DataError(
+    raise _other_content(repo, file, found)
+
+
+def _other_content(repo: str, file: _Listed, found: str) -> DataError:
+    return DataError(
         f"{file.name} of {repo} came twice with another sha256 ({found[:12]}) than the hub states ({file.sha256}).",
         "try again later or from another mirror (HF_ENDPOINT); if the repository is broken, set 'revision'",
     )

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.data.hub import require_space
 from cpt_rft.data.retry import PATIENCE, is_transient, retrying
 from cpt_rft.data.source import SourceFile
+from cpt_rft.data.space import require_space
 from cpt_rft.errors import DataError
 from cpt_rft.files import fsync_file, read_json, sha256_file, write_json_atomic
 
@@ -18,11 +18,17 @@ _CHUNK = 2**20
 _TIMEOUT_S = 60
 
 
-def fetch_archive(url: str, directory: Path, part: str) -> SourceFile:
+def fetch_archive(url: str, directory: Path, part: str, headers: Mapping[str, str] | None = None) -> SourceFile:
     """A file of a site, downloaded to ``directory`` under its own name.
 
     What a killed download left is gone on with, unless the site's file changed. A file that is there without a
     record was put there by hand and is taken as it is.
+
+    Args:
+        url: Its last part is the name of the file.
+        directory: Where the file goes.
+        part: What the task reads it as.
+        headers: Sent to the site itself and to no host that it redirects to.
 
     Raises:
         DataError: It cannot be fetched; the fix names the manual route.
@@ -36,7 +42,7 @@ def fetch_archive(url: str, directory: Path, part: str) -> SourceFile:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
             raise DataError(f"{target.name} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it.", by_hand)
         try:
-            retrying(lambda: _download(url, target), PATIENCE)
+            retrying(lambda: _download(url, target, headers or {}), PATIENCE)
         except OSError as error:
             if not is_transient(error) and not isinstance(error, urllib.error.URLError):
                 raise
@@ -49,18 +55,21 @@ def fetch_archive(url: str, directory: Path, part: str) -> SourceFile:
     return SourceFile(part, url, size, record["sha256"], target)
 
 
-def _download(url: str, target: Path) -> None:
+def _download(url: str, target: Path, headers: Mapping[str, str]) -> None:
     """One attempt: everything from the first missing byte on."""
     partial = target.with_name(f".{target.name}.part")
     note = target.with_name(f".{target.name}.part.json")
     known = read_json(note)
     begun = partial.stat().st_size if partial.is_file() and known.get("validator") else 0
-    headers = {"User-Agent": "cpt-rft"}
+    request = urllib.request.Request(url, headers={"User-Agent": "cpt-rft"})
+    for name, value in headers.items():
+        request.add_unredirected_header(name, value)
     if begun:
-        headers |= {"Range": f"bytes={begun}-", "If-Range": known["validator"]}
+        request.add_header("Range", f"bytes={begun}-")
+        request.add_header("If-Range", known["validator"])
     if begun and begun == known.get("size"):
         return _publish(partial, note, target)
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
         resumed = response.status == 206 and _starts_at(response.headers) == begun
         if not resumed:
             begun = 0

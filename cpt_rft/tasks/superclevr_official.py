@@ -29,7 +29,8 @@ class Reader(Task):
     def source(self, cache: Path) -> Source:
         """Two files of the repository."""
         config = self.config
-        return fetch_files(config.repos, config.revision, FILES, cache / "sources" / f"{config.name}.json")
+        lock = cache / "sources" / f"{config.name}.json"
+        return fetch_files(config.repos, config.revision, FILES, lock, cache / "archives" / config.name)
 
     def rows(self, split: Split, source: Source) -> Iterator[Example | Drop]:
         """The questions of a split in the order of the file."""

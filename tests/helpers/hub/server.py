@@ -82,7 +82,9 @@ class Hub:
         site: Files of plain web sites, by path: they support ranges.
         faults: Tried in order at every request.
         requests: ``METHOD path [range]`` of every request so far.
+        authorized: The path of every request that carried a token.
         page: Entries a page of a tree.
+        ranges: Whether ranges are honoured.
     """
 
     def __init__(self, *repos: Repo) -> None:
@@ -90,6 +92,7 @@ class Hub:
         self.site: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.authorized: list[str] = []
         self.page = 1000
         self.ranges = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -148,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         wanted = self.headers.get("Range", "")
         self.hub.requests.append(f"{self.command} {self.path} {wanted}".strip())
+        if "Authorization" in self.headers:
+            self.hub.authorized.append(path)
         fault = next((fault for fault in self.hub.faults if fault.strikes(self.command, self.path)), None)
         if fault is not None and fault.kind == "status":
             extra = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
