@@ -122,13 +122,13 @@ def _show(options: argparse.Namespace) -> None:
     from itertools import islice
 
     from cpt_rft.data.ledger import ledger_notes, ledger_table, read_ledger
-    from cpt_rft.data.parts import examples_of
+    from cpt_rft.data.parquet import stream_split
 
     for task in _prepared(options):
         ledger = read_ledger(options.out / task)
         _print(ledger_table(ledger), *ledger_notes(ledger))
         for split in ledger["splits"]:
-            for row in islice(examples_of(options.out / task / f"{split}.parquet"), options.rows):
+            for row in islice(stream_split(options.out / task / f"{split}.parquet", decode=False), options.rows):
                 _print(f"\n{row.id} ({row.kind}, {len(row.images)} pictures)", row.problem, f"-> {row.answer}")
 
 

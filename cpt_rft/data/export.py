@@ -4,9 +4,10 @@ Names in an export are made here, from the task, the split and the content of a 
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 from cpt_rft.data.example import Example
 from cpt_rft.data.index import read_index
 from cpt_rft.data.ledger import read_ledger
-from cpt_rft.data.parquet import SCHEMA, from_record
-from cpt_rft.data.parts import PARQUET_OPTIONS, examples_of
+from cpt_rft.data.parquet import SCHEMA, stream_split
+from cpt_rft.data.parts import PARQUET_OPTIONS
 from cpt_rft.errors import DataError
 from cpt_rft.files import atomic_path, discard_directory, publish_directory, read_json, write_json_atomic
 from cpt_rft.prompts import PRESETS, Style, problem_of, target_text, user_text
@@ -26,6 +27,7 @@ Engine = Literal["easyr1", "llamafactory"]
 # What `datasets` takes for the name of a split in a file name.
 _EASYR1_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _EASYR1_SCHEMA = pa.schema([("images", SCHEMA.field("images").type), ("problem", pa.string()), ("answer", pa.string())])
+_EASYR1_ROWS = 64  # written together
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp"}
 _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 _MEDIA = "media"
@@ -88,8 +90,9 @@ def _easyr1(prepared: Path, splits: Sequence[str], target: Path, preset: str, st
     partial.mkdir()
     for split in splits:
         with pq.ParquetWriter(_easyr1_file(partial, split), _EASYR1_SCHEMA, **PARQUET_OPTIONS) as writer:
-            for rows in _groups(prepared / f"{split}.parquet"):
-                writer.write_table(_easyr1_table(rows, preset))
+            rows = stream_split(prepared / f"{split}.parquet", decode=False)
+            while batch := list(itertools.islice(rows, _EASYR1_ROWS)):
+                writer.write_table(_easyr1_table(batch, preset))
     discard_directory(final)
     publish_directory(partial, final)
     template = target / f"{preset}_{style}.jinja"
@@ -114,19 +117,13 @@ def _easyr1_file(directory: Path, split: str) -> Path:
     return directory / f"{_EASYR1_SPLITS[split]}-00000-of-00001.parquet"
 
 
-def _groups(path: Path) -> Iterator[list[Example]]:
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            yield [from_record(record) for record in file.read_row_group(group).to_pylist()]
-
-
 def _llamafactory(prepared: Path, splits: Sequence[str], target: Path, preset: str, style: Style) -> Path:
     """ShareGPT records in a JSON list a split; every picture once, under the hash of its bytes."""
     info = read_json(target / "dataset_info.json")
     for split in splits:
         name = f"{prepared.name}_{split}"
         with atomic_path(target / f"{name}.json") as path, path.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(examples_of(prepared / f"{split}.parquet")):
+            for number, row in enumerate(stream_split(prepared / f"{split}.parquet", decode=False)):
                 file.write(",\n" if number else "[\n")
                 file.write(json.dumps(_sharegpt(row, target, preset, style), ensure_ascii=False))
             file.write("\n]\n")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,40 +39,54 @@ def write_split(path: Path, rows: Sequence[Example]) -> None:
 
 
 def read_split(path: Path) -> list[Example]:
-    """Read and check every row.
+    """Read and check every row; see `stream_split`."""
+    return list(stream_split(path))
+
+
+def stream_split(path: Path, *, decode: bool = True) -> Iterator[Example]:
+    """Read and check rows one by one; memory holds one row group.
+
+    Args:
+        path: A parquet file.
+        decode: Decode every picture.
 
     Raises:
         DataError: The file is missing, unreadable or lacks a column; a row has an empty answer, wrong types,
             a wrong number of pictures, a repeated id, or a picture that does not decode or is too small. The
             message names the file and the row.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist.", "run 'cpt-rft prepare EXPERIMENT.yaml'")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({error}).", "delete it and prepare again") from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}.", "export it with the columns of the contract")
-    rows: list[Example] = []
     ids: set[str] = set()
-    for index, record in enumerate(table.to_pylist()):
+    for index, record in enumerate(_records(path)):
         try:
             row = from_record(record)
             if row.id in ids:
                 raise DataError(f"the id {row.id} stands twice.", "make ids unique")
             for picture, name in zip(row.images, row.image_paths, strict=True):
-                decode_picture(picture, f"Picture {name}")
+                if decode:
+                    decode_picture(picture, f"Picture {name}")
         except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
             problem, fix = (error.problem, error.fix) if isinstance(error, UserError) else (str(error), "mend the row")
             raise DataError(f"{path}, row {index} ({record.get('id')}): {problem}", fix) from error
         ids.add(row.id)
-        rows.append(row)
-    return rows
+        yield row
 
 
-def rows_hash(rows: Sequence[Example]) -> str:
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.", "run 'cpt-rft prepare EXPERIMENT.yaml'")
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+            if missing:
+                problem = f"{path} has no column {', '.join(missing)}."
+                raise DataError(problem, "export it with the columns of the contract")
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}).", "delete it and prepare again") from error
+
+
+def rows_hash(rows: Iterable[Example]) -> str:
     """A hash of the content: decoded pixels and every text. It does not depend on encoders or file formats."""
     digest = hashlib.sha256()
     for row in rows:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cpt_rft.data.checks import CheckedRow, PictureFacts, RowChecker
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
-from cpt_rft.data.parquet import SCHEMA, from_record, to_record
+from cpt_rft.data.parquet import SCHEMA, to_record
 from cpt_rft.files import atomic_path, read_json, write_text_atomic
 
 PART_ROWS = 512
@@ -119,14 +119,6 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
 def read_part(path: Path) -> pa.Table:
     """The rows of one part."""
     return pq.read_table(path, schema=SCHEMA, memory_map=False)
-
-
-def examples_of(path: Path) -> Iterator[Example]:
-    """Rows of a written split; memory holds one row group."""
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            for record in file.read_row_group(group).to_pylist():
-                yield from_record(record)
 
 
 def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:

@@ -7,7 +7,7 @@ from cpt_rft.data.checks import prompts_of
 from cpt_rft.data.example import IMAGE_TAG, Example
 from cpt_rft.data.index import read_index
 from cpt_rft.data.ledger import Json
-from cpt_rft.data.parts import examples_of
+from cpt_rft.data.parquet import stream_split
 from cpt_rft.data.picture import decode_picture
 from cpt_rft.errors import DataError
 from cpt_rft.seeds import python_random
@@ -37,7 +37,7 @@ def ask_processor(directory: Path, ledger: Json, model: Path) -> Json:
     counted = {row["id"]: row["tokens"] for row in read_index(directory)}
     asked = 0
     for split in ledger["splits"]:
-        for number, row in enumerate(examples_of(directory / f"{split}.parquet")):
+        for number, row in enumerate(stream_split(directory / f"{split}.parquet", decode=False)):
             chosen = python_random("processor sample", row.id).random() < checks["processor_sample"]
             if not (chosen or number == 0):
                 continue

@@ -5,7 +5,7 @@ from pathlib import Path
 from cpt_rft.data.index import read_index
 from cpt_rft.data.ledger import DROPS_NAME, read_ledger
 from cpt_rft.data.lock import read_lock
-from cpt_rft.data.parts import examples_of
+from cpt_rft.data.parquet import stream_split
 from cpt_rft.data.picture import load_picture, needs_no_change
 from cpt_rft.errors import DataError, UserError
 from cpt_rft.files import FileRecord, sha256_file
@@ -50,7 +50,7 @@ def verify_task(out: Path, task: str) -> dict[str, int]:
         ids = [row["id"] for row in index if row["split"] == split]
         found = []
         try:
-            for row in examples_of(directory / f"{split}.parquet"):
+            for row in stream_split(directory / f"{split}.parquet", decode=False):
                 found.append(row.id)
                 for data in row.images:
                     if not needs_no_change(load_picture(data, row.id)):
