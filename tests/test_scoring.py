@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cpt_rft.scoring import Score, reward, score
 from cpt_rft.scoring.extract import after_thought, balanced_boxes, final_answer, follows_cot_format, tagged, unwrap
+from cpt_rft.scoring.sequence import share_in_place
 
 CASES = {  # kind: (answer, references, a wrong answer, all options in one line)
     "choice": ("B", ["B", "dog"], "A", "A B C D"),
@@ -286,3 +287,11 @@ def test_scoring_imports_neither_torch_nor_transformers():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
     assert not loaded & {"torch", "transformers", "numpy", "pyarrow", "PIL", "pydantic"}
+
+
+def test_a_sequence_is_partly_right_by_place():
+    reference = "3 1 2\n4 6 5"
+    assert share_in_place("3 1 2\n4 6 5", reference) == 1.0
+    assert share_in_place("[3, 1, 2, 4, 5, 6]", reference) == pytest.approx(4 / 6)
+    for other in ("", "3 1 2 4 6", "3 1 2 4 6 5 7", "none of it"):
+        assert share_in_place(other, reference) == 0.0

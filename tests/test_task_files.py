@@ -134,6 +134,8 @@ def test_scienceqas_test_rows_lack_the_word_context_in_the_papers_prompts(study)
         assert problem_of(train, preset) == train.problem
         assert problem_of(test, preset) == test.problem.replace("Context: ", "")
     assert "Context: Hint 204." in test.problem
+    dev = used(study.rows("scienceqa", "dev"))[1]  # dev stands for the test
+    assert problem_of(dev, "paper_sft") == dev.problem.replace("Context: ", "") != dev.problem
 
 
 def test_every_task_of_the_study_has_one_default_prompt_and_the_papers():
@@ -145,6 +147,8 @@ def test_every_task_of_the_study_has_one_default_prompt_and_the_papers():
         assert set(config.prompts) <= set(PRESETS)
         assert config.revision is None
         assert isinstance(load_task(name), Task)
+    for path in (REPOSITORY / "configs/tasks/authors").glob("*.yaml"):
+        assert load_task(path).config.name == path.stem in task_names()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from cpt_rft.errors import DataError
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_BYTES = 256 * 2**20
 """No picture is larger: an archive can claim any size."""
-# RuntimeError: encrypted, or a link to itself, or an unknown compression (NotImplementedError is one).
+# RuntimeError: encrypted, compressed in an unknown way, or a link to itself.
 _BROKEN = (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
