@@ -4,9 +4,11 @@ One test sets HF_ENDPOINT and HF_HUB_OFFLINE for a new process, as a user does; 
 point the libraries' constants at the hub (tests/helpers/hub/client.py).
 """
 
+import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -237,6 +239,7 @@ def test_the_hub_answers_the_unpatched_library_as_the_real_one_does(hub, tmp_pat
 
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
 from cpt_rft.data.hub import Table, fetch_tables, stream
 source = fetch_tables([sys.argv[1]], None, [Table("test", None, "test")], Path(sys.argv[2]))
@@ -256,6 +259,25 @@ def test_a_mirror_and_offline_mode_are_set_by_the_environment(geometry, tmp_path
     found = subprocess.run(command, env=offline, cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == [geometry.sha, "6"]
     assert len(mirror.requests) == before
+
+
+@pytest.mark.full
+def test_a_killed_fetch_is_completed_by_the_next(geometry, tmp_path):
+    rng = random.Random(0)
+    with Hub(geometry) as slow:
+        variables = environment(slow, tmp_path / "home")
+        command = [sys.executable, "-c", SCRIPT, NAME, str(tmp_path / "lock.json")]
+        for _ in range(3):
+            slow.faults = [Fault("", "slow", times=-1, pause_s=0.5)]
+            before = len(slow.requests)
+            process = subprocess.Popen(command, env=variables, cwd=ROOT)
+            while len(slow.requests) < before + rng.randrange(1, 12) and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+        slow.faults = []
+        found = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert found.stdout.split() == [geometry.sha, "6"]
 
 
 def test_a_table_that_does_not_read_is_named(tmp_path):

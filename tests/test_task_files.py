@@ -6,10 +6,14 @@ import zipfile
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("datasets")
 
 from cpt_rft.config.load import REPOSITORY
+from cpt_rft.data.drop import Drop
+from cpt_rft.data.example import Example
 from cpt_rft.errors import ConfigError, DataError
 from cpt_rft.prompts import PRESETS, problem_of, user_text
 from cpt_rft.tasks.base import Task, load_task, load_task_config, task_names
@@ -74,6 +78,8 @@ def test_a_repository_without_a_column_is_refused(study, tmp_path):
 def test_rows_of_no_documented_form_are_counted(study, tmp_path):
     notes = [{}, [], None, 3, {"image": 4}, {"image": "x.jpg", "answers": [{"answer": 3}], "question": "q"}]
     notes += [
+        {"image": "x.jpg", "answers": [{"answer": "yes"}], "question": "half \ud800"},
+        {"image": "half \ud800.jpg", "answers": [{"answer": "yes"}], "question": "q"},
         {"image": "x.jpg", "answers": "yes", "question": "q"},
         {"image": "../../x.jpg", "answers": [], "question": None},
     ]
@@ -90,6 +96,33 @@ def test_rows_of_no_documented_form_are_counted(study, tmp_path):
     found = [*task.rows("train", source), *task.rows("dev", source)]
     assert len(found) == len(notes)
     assert used(found) == []
+    assert all(" ".join(row).encode() for row in found)  # a ledger can write them
+
+
+CELLS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "value", "a"]), inner),
+    max_leaves=6,
+)
+GOOD = {
+    **{"image": sets.picture(1), "images": [sets.picture(1)], "question": "q", "problem": "<image>q", "answer": "yes"},
+    **{"choices": ["a", "b"], "hint": "h", "solution": "s", "question_id": 1, "answers": ["yes"], "category": "c"},
+    **{"options": "['a', 'b']", "answer_index": 0, "question_type": "open", "id": "1", "imageId": "1"},
+    **{"conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]},
+    **{f"image_{i}": None for i in range(1, 8)},
+}
+
+
+@pytest.mark.parametrize("name", [*STUDY, "mmmu", "mmlu_pro", "pope"])
+@settings(max_examples=50)
+@given(cells=st.dictionaries(st.sampled_from(sorted(GOOD)), CELLS, max_size=4), gone=st.sampled_from(["", *GOOD]))
+def test_any_row_at_all_is_an_example_or_a_drop(name, cells, gone):
+    good = GOOD | ({"options": ["a", "b"]} if name == "mmlu_pro" else {})
+    task = load_task(name)
+    raw = {key: value for key, value in (good | cells).items() if key != gone}
+    row = task.converted("test", "000001", lambda: task.read(raw))
+    assert isinstance(row, Example | Drop)
+    " ".join([row.id, *([row.detail] if isinstance(row, Drop) else [row.problem, *row.references])]).encode()
 
 
 def test_items_of_a_large_object_come_one_at_a_time():
@@ -163,6 +196,7 @@ def test_every_task_of_the_study_has_one_default_prompt_and_the_papers():
         ("prompts: {paper_sft: '{question}'}", "the preset 'task' is missing"),
         ("prompts: {task: '', papersft: ''}", "nearest is 'paper_sft'"),
         ("options: {selection: all, folder: x}", "unknown option 'folder'"),
+        ("options: {selection: 3}", "the option selection is 3.*like its default, 'balanced'"),
         ("sample: {train: {rows: 0}}", "rows"),
     ],
 )

@@ -12,6 +12,7 @@ pytest.importorskip("datasets")
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.picture import decode_picture
+from cpt_rft.errors import ConfigError
 from cpt_rft.tasks.base import load_task_config
 from cpt_rft.tasks.jigsaw import question, shuffle_patches
 from tests.helpers.hub import sets
@@ -225,6 +226,9 @@ def test_jigsaws_of_any_grid(study):
     found = used(study.rows("jigsaw", "train", options=options))
     assert {row.answer for row in found} == {"1 2", "2 1"}
     assert found[0].problem.endswith("arranged in a 1x2 grid.")
+    assert set(dropped(study.rows("jigsaw", "train", options=options | {"rows": 94}))) == {"picture_too_small"}
+    with pytest.raises(ConfigError, match="at least two pieces"):
+        study.rows("jigsaw", "train", options=options | {"columns": 1})
     picture = Image.new("RGB", (7, 5), "red")
     assert shuffle_patches(picture, 2, 3, list(range(6))).size == (6, 4)
     assert "ranging from 1 (left) to 2 (right):\n\n```\n1 2\n```" in question(1, 2)

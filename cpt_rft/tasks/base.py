@@ -341,4 +341,8 @@ def load_task(name_or_path: str | Path) -> Task:
         if key not in reader.OPTIONS:
             known = ", ".join(reader.OPTIONS) or "none"
             raise ConfigError(f"task {config.name}: unknown option {key!r}.", f"the options here are: {known}")
+        default = reader.OPTIONS[key]
+        if default is not None and type(config.options[key]) is not type(default):
+            problem = f"task {config.name}: the option {key} is {config.options[key]!r}"
+            raise ConfigError(f"{problem}.", f"write it like its default, {default!r}")
     return reader(config)

@@ -18,8 +18,9 @@ from cpt_rft.data.collection import Collection
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example, Split
 from cpt_rft.data.picture import PictureError, decode_picture
+from cpt_rft.data.reasons import Reason
 from cpt_rft.data.source import Source, SourceFile
-from cpt_rft.errors import DataError
+from cpt_rft.errors import ConfigError, DataError
 from cpt_rft.files import sha256_json
 from cpt_rft.seeds import python_random
 from cpt_rft.tasks.base import Options, Raw, Task
@@ -34,6 +35,8 @@ class Reader(Task):
 
     def source(self, cache: Path) -> Source:
         """The folder or zip archive, with one hash over the names and hashes of its pictures."""
+        if min(self.options["rows"], self.options["columns"]) < 1 or self.options["rows"] * self.options["columns"] < 2:
+            raise ConfigError(f"task {self.config.name}: a jigsaw has at least two pieces.", "set rows and columns")
         folder = find_directory(str(self.options["folder"]))
         if not folder.exists():
             raise DataError(f"{folder} does not exist.", "set options.folder of the jigsaw task to your pictures")
@@ -82,6 +85,9 @@ class Reader(Task):
             picture = decode_picture(content, name)
         except PictureError as error:
             return Drop(self.row_id(split, name), split, error.reason, error.problem)
+        if picture.width < columns or picture.height < rows:
+            detail = f"{picture.width} x {picture.height} px for {rows}x{columns} pieces"
+            return Drop(self.row_id(split, name), split, Reason.PICTURE_TOO_SMALL, detail)
         order = list(range(rows * columns))
         python_random("jigsaw", self.options["seed"], rows, columns, hashlib.sha256(content).hexdigest()).shuffle(order)
         shuffled = shuffle_patches(picture, rows, columns, order)

@@ -89,9 +89,11 @@ def text_of(cell: Any) -> str:
 
     Raises:
         TypeError: It holds no text.
+        UnicodeEncodeError: It holds half a character, as JSON can write it, which no file takes.
     """
     if not isinstance(cell, str):
         raise TypeError(f"text expected, found {type(cell).__name__}")
+    cell.encode()
     return cell.strip()
 
 

@@ -4,6 +4,7 @@ The training split is on no hub: it comes from the site's archives. The label is
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from cpt_rft.tasks.base import Options, Raw
 from cpt_rft.tasks.table import TableTask, majority, picture_bytes, picture_id, text_of
 
 SITE_SPLIT = "train"
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
 
 class Reader(TableTask):
@@ -74,7 +76,7 @@ class Reader(TableTask):
     ) -> Iterator[Example | Drop]:
         """The row of one annotation; nothing if another split holds it."""
         name = str(note.get("image") if isinstance(note, dict) else "")
-        key = PurePosixPath(name).stem or f"{index:06d}"
+        key = PurePosixPath(name).stem if _SAFE_NAME.fullmatch(name) else f"{index:06d}"
         try:
             picture = pictures.read(places[name]) if name in places else b""
             broken = None
