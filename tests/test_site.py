@@ -58,6 +58,11 @@ def test_a_changed_file_is_begun_again(hub, tmp_path):
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT[::-1]
 
 
+def test_a_range_that_begins_elsewhere_is_not_appended(hub, tmp_path):
+    hub.faults = [Fault(PATH, "cut", at=3000), Fault(PATH, "misplaced")]
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
 def test_a_site_without_ranges_is_begun_again(hub, tmp_path):
     hub.ranges = False
     hub.faults = [Fault(PATH, "cut", at=3000)]

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -211,6 +213,14 @@ def test_a_wrong_task_file_is_refused_by_name(tmp_path, change, message):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(base | yaml.safe_load(f"{{{change}}}")))
     with pytest.raises(ConfigError, match=message):
         load_task(tmp_path / "x.yaml")
+
+
+def test_task_files_load_without_the_extra_and_rows_say_what_they_need(study, monkeypatch):
+    code = "import sys, cpt_rft.tasks.table, cpt_rft.tasks.vizwiz; assert not {'datasets', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"need the package datasets.*pip install 'cpt-rft\[data\]'"):
+        study.rows("pope", "test")
 
 
 def test_an_unknown_task_names_its_nearest():

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["status", "cut", "slow", "corrupt"]
+Kind = Literal["status", "cut", "slow", "corrupt", "misplaced"]
 
 
 @dataclass
@@ -14,7 +14,8 @@ class Fault:
     Attributes:
         path: Regular expression searched in the path of the request.
         kind: ``status`` answers ``status``; ``cut`` ends the body after ``at`` bytes; ``slow`` sends it in pieces
-            with pauses of ``pause_s``; ``corrupt`` changes the byte at ``at``.
+            with pauses of ``pause_s``; ``corrupt`` changes the byte at ``at``; ``misplaced`` answers a range with
+            one that begins at the first byte.
         times: How often; -1 for ever.
         method: Only requests with this method.
     """

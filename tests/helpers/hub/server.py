@@ -229,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted and same and self.hub.ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1 if last else end, end)
+            if fault is not None and fault.kind == "misplaced":
+                start = 0
             if start >= len(content):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status, headers = 206, headers | {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"}
