@@ -1,6 +1,7 @@
 """GQA: questions about the relations of things. Questions and pictures are tables of their own."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,9 @@ class Reader(TableTask):
             for what in ("instructions", "images")
         ]
         tables = [Table(name, name, split) for name, split in names]
-        return fetch_tables(config.repos, config.revision, tables, cache / "sources" / f"{config.name}.json")
+        found = fetch_tables(config.repos, config.revision, tables, cache / "sources" / f"{config.name}.json")
+        questions = {split: found.rows[name] for name, split in names if name == self._part(split, "instructions")}
+        return replace(found, rows=questions)
 
     def rows(self, split: Split, source: Source) -> Iterator[Example | Drop]:
         """First the rows that the sample leaves out, then the others in the order of their pictures."""
