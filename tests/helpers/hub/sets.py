@@ -79,7 +79,7 @@ def scienceqa(name: str = "derek-thomas/ScienceQA", rows: int = 12) -> Repo:
     return repo(name, {"default": (features, {split: [row(i) for i in numbers] for split, numbers in splits.items()})})
 
 
-def textvqa(name: str = "lmms-lab-encoder/textvqa", pictures: int = 30) -> Repo:
+def textvqa(name: str = "lmms-lab-encoder/textvqa", pictures: int = 80) -> Repo:
     """Two questions a picture; ten answers; the test split's answers are ten empty strings."""
     features = Features(
         {
@@ -263,8 +263,9 @@ def mmmu(name: str = "lmms-lab-encoder/MMMU") -> Repo:
     ]
 
     def row(i: int, split: str) -> Row:
+        first = {"validation": 0, "dev": 20_000, "test": 30_000}[split]
         question, options, answer, kind, count = cases[i % len(cases)]
-        pictures = {f"image_{k}": picture(i * 10 + k) if k <= count else None for k in range(1, 8)}
+        pictures = {f"image_{k}": picture(first + i * 10 + k) if k <= count else None for k in range(1, 8)}
         cells = {"id": f"{split}_Accounting_{i}", "question": question, "options": options, "explanation": ""}
         cells |= {"img_type": "['Tables']", "topic_difficulty": "Easy", "subfield": "Finance", "question_type": kind}
         return cells | {"answer": "?" if split == "test" else answer} | pictures
