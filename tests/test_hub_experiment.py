@@ -65,7 +65,7 @@ def test_the_choice_is_seeded_and_keeps_the_order(directory: Path, tmp_path: Pat
     }
     check_prepared(data)
     chosen = read_split(data.path("geometry3k", "train"))
-    there = read_split(directory / "geometry3k" / "train.parquet")
+    there = read_split(directory / "geometry3k" / "train")
     assert chosen == [example for example in there if example in chosen]
     assert made(directory, tmp_path / "b").hashes == data.hashes
     other = made(directory, tmp_path / "c", seed=1)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -52,8 +51,8 @@ def test_what_is_fine_stays_byte_for_byte_and_in_order(tmp_path: Path, rows: lis
     directory = prepare(
         ListedTask({"train": rows, "test": tests}, {"train": 40, "test": 10}), tmp_path, Settings(Checks())
     )
-    assert read_split(directory / "train.parquet") == rows
-    assert read_split(directory / "test.parquet") == tests
+    assert read_split(directory / "train") == rows
+    assert read_split(directory / "test") == tests
     ledger = read_ledger(directory)
     assert {
         split: (entry["rows_in"], entry["rows_used"], entry["drops"]) for split, entry in ledger["splits"].items()
@@ -105,7 +104,7 @@ def test_every_fault_is_counted_under_its_reason(tmp_path: Path) -> None:
     entry = read_ledger(directory)["splits"]["train"]
     assert entry["drops"] == dict(Counter(reason for _, reason in cases if reason))
     assert entry["rows_in"] == len(given) == entry["rows_used"] + sum(entry["drops"].values())
-    assert [example.id for example in read_split(directory / "train.parquet")] == [
+    assert [example.id for example in read_split(directory / "train")] == [
         "listed/train/00000",
         "listed/train/00016",
     ]
@@ -119,7 +118,7 @@ def test_a_picture_that_engines_would_read_differently_is_stored_anew(tmp_path: 
     changed = row(1, image=encoded(clear))
     grey = row(2, image=encoded(photo(2).convert("L")))
     directory = prepare(ListedTask({"train": [changed, grey]}), tmp_path)
-    first, second = read_split(directory / "train.parquet")
+    first, second = read_split(directory / "train")
     assert second == grey
     assert (np.asarray(decode_picture(first.images[0], "x")) == 255).all()
     assert first.image_paths == ("listed/train/00001.png",)
@@ -133,7 +132,7 @@ def test_unseen_rows_leave_training_not_testing(tmp_path: Path) -> None:
     other_question = replace(row(1), id="other question", problem="<image>And this?")
     directory = prepare(ListedTask({"train": [same_file, recoded, other_question, row(2)], "test": test}), tmp_path)
     ledger = read_ledger(directory)
-    assert [example.id for example in read_split(directory / "train.parquet")] == ["other question", row(2).id]
+    assert [example.id for example in read_split(directory / "train")] == ["other question", row(2).id]
     assert ledger["splits"]["train"]["drops"] == {Reason.OVERLAP: 2}
     assert ledger["splits"]["test"]["drops"] == {}
     assert ledger["splits"]["test"]["kept_anyway"] == {Reason.DUPLICATE: 1}
@@ -193,7 +192,7 @@ def test_prompts_longer_than_the_limit_are_dropped(tmp_path: Path, base: Path) -
     wordy = replace(row(2), problem="<image>" + "why " * 60)
     task = ListedTask({"train": [large, wordy, row(3)]})
     bytes_only = Settings(Checks(max_dropped=1.0, max_prompt_tokens=99))
-    assert [example.id for example in read_split(prepare(task, tmp_path / "a", bytes_only) / "train.parquet")] == [
+    assert [example.id for example in read_split(prepare(task, tmp_path / "a", bytes_only) / "train")] == [
         "listed/train/00002",
         "listed/train/00003",
     ]
@@ -216,10 +215,10 @@ def test_the_closed_form_is_the_processor(tmp_path: Path, base: Path) -> None:
 def test_a_second_run_changes_nothing_and_another_source_is_refused(tmp_path: Path, rows: list[Example]) -> None:
     prepare(ListedTask({"train": rows}), tmp_path)
     before = hash_tree(tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "listed").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "listed").rglob("*")}
     prepare(ListedTask({"train": rows}), tmp_path)
     assert hash_tree(tmp_path) == before
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "listed").iterdir()}
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "listed").rglob("*")}
     with pytest.raises(DataError, match=r"source\.revision is .*aaa.* there, .*bbb.* is asked for"):
         prepare(ListedTask({"train": rows}, revision="b" * 40), tmp_path)
     assert hash_tree(tmp_path) == before
@@ -243,7 +242,7 @@ def test_the_content_hash_does_not_depend_on_parts(
     monkeypatch.setattr("cpt_rft.data.parts.PART_ROWS", 7)
     prepare(task, tmp_path / "b")
     assert read_json(tmp_path / "a" / LOCK_NAME) == read_json(tmp_path / "b" / LOCK_NAME)
-    assert pq.ParquetFile(tmp_path / "b" / "listed" / "train.parquet").num_row_groups == 6
+    assert len(list((tmp_path / "b" / "listed" / "train").iterdir())) == 6
 
 
 def test_processes_make_the_same_bytes(tmp_path: Path, rows: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +254,7 @@ def test_processes_make_the_same_bytes(tmp_path: Path, rows: list[Example], monk
 
 def test_a_limit_takes_the_first_rows(tmp_path: Path, rows: list[Example]) -> None:
     directory = prepare(ListedTask({"train": rows}, {"train": 40}), tmp_path, Settings(Checks(), limit=5))
-    assert read_split(directory / "train.parquet") == rows[:5]
+    assert read_split(directory / "train") == rows[:5]
     assert read_ledger(directory)["limit"] == 5
 
 

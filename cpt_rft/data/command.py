@@ -128,7 +128,7 @@ def _show(options: argparse.Namespace) -> None:
         ledger = read_ledger(options.out / task)
         _print(ledger_table(ledger), *ledger_notes(ledger))
         for split in ledger["splits"]:
-            for row in islice(stream_split(options.out / task / f"{split}.parquet", decode=False), options.rows):
+            for row in islice(stream_split(options.out / task / split, decode=False), options.rows):
                 _print(f"\n{row.id} ({row.kind}, {len(row.images)} pictures)", row.problem, f"-> {row.answer}")
 
 

@@ -90,7 +90,7 @@ def _easyr1(prepared: Path, splits: Sequence[str], target: Path, preset: str, st
     partial.mkdir()
     for split in splits:
         with pq.ParquetWriter(_easyr1_file(partial, split), _EASYR1_SCHEMA, **PARQUET_OPTIONS) as writer:
-            rows = stream_split(prepared / f"{split}.parquet", decode=False)
+            rows = stream_split(prepared / split, decode=False)
             while batch := list(itertools.islice(rows, _EASYR1_ROWS)):
                 writer.write_table(_easyr1_table(batch, preset))
     discard_directory(final)
@@ -123,7 +123,7 @@ def _llamafactory(prepared: Path, splits: Sequence[str], target: Path, preset: s
     for split in splits:
         name = f"{prepared.name}_{split}"
         with atomic_path(target / f"{name}.json") as path, path.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(stream_split(prepared / f"{split}.parquet", decode=False)):
+            for number, row in enumerate(stream_split(prepared / split, decode=False)):
                 file.write(",\n" if number else "[\n")
                 file.write(json.dumps(_sharegpt(row, target, preset, style), ensure_ascii=False))
             file.write("\n]\n")

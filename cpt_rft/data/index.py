@@ -1,6 +1,6 @@
 """What is known of every prepared row without its pictures: for tables, plots and comparisons between tasks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _PICTURE = pa.struct(
 )
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("split", "id", "question", "answer")),
+        *((name, pa.string()) for name in ("split", "id", "content", "question", "answer")),
         *((name, pa.int64()) for name in ("tokens", "vision_tokens")),
         ("pictures", pa.list_(_PICTURE)),
     ]
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 
 
 def write_index(path: Path, rows: Iterable[tuple[str, RowFacts]]) -> None:
-    """Write the facts of all rows with the split of each, in the order of the splits' files."""
+    """Write the facts of all rows with the split of each, in the order of the splits' rows."""
     records = [
         {"split": split, **facts._asdict(), "pictures": [picture._asdict() for picture in facts.pictures]}
         for split, facts in rows
@@ -43,11 +43,17 @@ def read_index(directory: Path) -> list[dict[str, Any]]:
 
 
 def locate_rows(directory: Path) -> dict[str, list[Located]]:
-    """Every row of a prepared task by split, with its place in the split's file."""
+    """Every row of a prepared task by split, with its place in the split's files."""
     found: dict[str, list[Located]] = {}
+    places: dict[str, Iterator[tuple[Path, int]]] = {}
     for record in read_index(directory):
         split = record.pop("split")
         facts = RowFacts(**record | {"pictures": tuple(PictureFacts(**picture) for picture in record["pictures"])})
-        rows = found.setdefault(split, [])
-        rows.append(Located(directory / f"{split}.parquet", len(rows), facts))
+        path, row = next(places.setdefault(split, _places(directory / split)))
+        found.setdefault(split, []).append(Located(path, row, facts))
     return found
+
+
+def _places(directory: Path) -> Iterator[tuple[Path, int]]:
+    for path in sorted(directory.glob("*.parquet")):
+        yield from ((path, row) for row in range(pq.read_metadata(path).num_rows))

@@ -47,7 +47,7 @@ def stream_split(path: Path, *, decode: bool = True) -> Iterator[Example]:
     """Read and check rows one by one; memory holds one row group.
 
     Args:
-        path: A parquet file.
+        path: A parquet file, or a directory of them.
         decode: Decode every picture.
 
     Raises:
@@ -56,7 +56,8 @@ def stream_split(path: Path, *, decode: bool = True) -> Iterator[Example]:
             message names the file and the row.
     """
     ids: set[str] = set()
-    for index, record in enumerate(_records(path)):
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    for path, index, record in ((file, *row) for file in paths for row in enumerate(_records(file))):
         try:
             row = from_record(record)
             if row.id in ids:

@@ -5,6 +5,7 @@ Where a part ends depends on the rows alone, so a prepare that was killed goes o
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 from collections import deque
@@ -20,7 +21,7 @@ from cpt_rft.data.checks import CheckedRow, PictureFacts, RowChecker
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import SCHEMA, to_record
-from cpt_rft.files import atomic_path, read_json, write_text_atomic
+from cpt_rft.files import FileRecord, atomic_path, read_json, write_text_atomic
 
 PART_ROWS = 512
 PART_BYTES = 16 * 2**20  # of pictures: what one process holds at once, a few times over
@@ -36,6 +37,7 @@ class RowFacts(NamedTuple):
 
     Attributes:
         id: Its id.
+        content: A hash of its cells, with the sha256 of each picture as it came: not of who encodes PNG or parquet.
         question: A hash of its problem.
         answer: Its label.
         tokens, vision_tokens: See `cpt_rft.data.checks.CheckedRow`.
@@ -43,6 +45,7 @@ class RowFacts(NamedTuple):
     """
 
     id: str
+    content: str
     question: str
     answer: str
     tokens: int
@@ -55,12 +58,14 @@ class PartFacts(NamedTuple):
 
     Attributes:
         path: The parquet file; it holds exactly the rows of `kept`, in order.
+        file: Its size and hash.
         rows_in: Rows that came in.
         kept: The rows that passed.
         drops: The others.
     """
 
     path: Path
+    file: FileRecord
     rows_in: int
     kept: tuple[RowFacts, ...]
     drops: tuple[Drop, ...]
@@ -103,22 +108,27 @@ def read_parts(directory: Path) -> Iterator[PartFacts]:
         path = _path(directory, number)
         stored = read_json(path.with_suffix(".json"))
         kept = [(*row[:-1], tuple(PictureFacts(*facts) for facts in row[-1])) for row in stored["kept"]]
-        yield PartFacts(
-            path, stored["rows_in"], tuple(map(RowFacts._make, kept)), tuple(Drop(*drop) for drop in stored["drops"])
-        )
+        file, drops = FileRecord(*stored["file"]), tuple(Drop(*drop) for drop in stored["drops"])
+        yield PartFacts(path, file, stored["rows_in"], tuple(map(RowFacts._make, kept)), drops)
 
 
-def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write a split as one parquet file, a row group a table; memory holds one table at a time."""
-    with atomic_path(path) as partial, pq.ParquetWriter(partial, SCHEMA, **PARQUET_OPTIONS) as writer:
-        for table in tables:
-            if table.num_rows:
-                writer.write_table(table, row_group_size=table.num_rows)
+class _HashedFile(io.FileIO):
+    """Knows the hash of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data) or 0
 
 
-def read_part(path: Path) -> pa.Table:
-    """The rows of one part."""
-    return pq.read_table(path, schema=SCHEMA, memory_map=False)
+def write_table(path: Path, table: pa.Table) -> FileRecord:
+    """Write rows as one parquet file, whole or not at all."""
+    with atomic_path(path) as partial, _HashedFile(partial) as file:
+        pq.write_table(table, file, **PARQUET_OPTIONS)
+        return FileRecord(file.tell(), file.digest.hexdigest())
 
 
 def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
@@ -176,17 +186,22 @@ def make_part(checker: RowChecker, rows: Iterable[Example | Drop], path: Path) -
     outcomes = [row if isinstance(row, Drop) else checker(row) for row in rows]
     kept = [outcome for outcome in outcomes if isinstance(outcome, CheckedRow)]
     drops = [outcome for outcome in outcomes if isinstance(outcome, Drop)]
-    table = pa.Table.from_pylist([to_record(row.example) for row in kept], schema=SCHEMA)
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial, **PARQUET_OPTIONS)
-    facts: dict[str, Any] = {"rows_in": len(outcomes), "kept": [_facts(row) for row in kept], "drops": drops}
-    write_text_atomic(path.with_suffix(".json"), json.dumps(facts))  # ASCII: ids may hold anything
+    records = [to_record(row.example) for row in kept]
+    file = write_table(path, pa.Table.from_pylist(records, schema=SCHEMA))
+    facts = [_facts(row, record) for row, record in zip(kept, records, strict=True)]
+    stored: dict[str, Any] = {"rows_in": len(outcomes), "file": file, "kept": facts, "drops": drops}
+    write_text_atomic(path.with_suffix(".json"), json.dumps(stored))  # ASCII: ids may hold anything
 
 
-def _facts(row: CheckedRow) -> list[Any]:
+def _facts(row: CheckedRow, record: dict[str, Any]) -> list[Any]:
     example = row.example
-    question = hashlib.blake2b(example.problem.encode(), digest_size=10).hexdigest()
-    return [example.id, question, example.answer, row.tokens, row.vision_tokens, list(row.pictures)]
+    cells = record | {"images": [picture.sha256 for picture in row.pictures]}
+    content, question = _hash(json.dumps(cells, sort_keys=True)), _hash(example.problem)
+    return [example.id, content, question, example.answer, row.tokens, row.vision_tokens, list(row.pictures)]
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
 def _path(directory: Path, number: int) -> Path:

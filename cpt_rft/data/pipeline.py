@@ -1,14 +1,16 @@
 """A real dataset from its source to checked parquet files, a ledger and a lock.
 
 Rows stream through in parts (`cpt_rft.data.parts`); then the rows that passed are compared with each other, without
-their pictures (`cpt_rft.data.overlap`); then each split is written from its parts and the task's directory gets its
-name by one rename. Killed anywhere, the next run goes on and ends in the same bytes.
+their pictures (`cpt_rft.data.overlap`); then the parts become the files of their split, those that lose rows are
+written again, and the task's directory gets its name by one rename. Killed anywhere, the next run goes on and ends
+in the same bytes.
 """
 
 import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cpt_rft import __version__
 from cpt_rft.data.checks import Checks, RowChecker
@@ -33,7 +36,7 @@ from cpt_rft.data.ledger import (
 )
 from cpt_rft.data.lock import check_against_lock, publish_lock
 from cpt_rft.data.overlap import Located, Verdict, compare_rows
-from cpt_rft.data.parts import PartFacts, make_parts, read_part, read_parts, write_rows
+from cpt_rft.data.parts import PartFacts, make_parts, read_parts, write_table
 from cpt_rft.data.source import Source
 from cpt_rft.data.tokens import PromptCounter
 from cpt_rft.errors import DataError
@@ -101,7 +104,6 @@ def prepare_task(
             settings.processes,
             functools.partial(_tell, progress, f"{name}/{split}", total),
         )
-    _check_space(work, out)
     partial = out / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -150,7 +152,7 @@ def _assemble(task: Task, source: Source, settings: Settings, work: Path, partia
     else:
         check_counts(splits, task, Source(None, None, None, ()), settings.checks.max_dropped)
     for split in task.splits:
-        splits[split] |= _write_split(partial / f"{split}.parquet", parts[split], verdict.drops[split])
+        splits[split] |= _write_split(partial / split, parts[split], verdict.drops[split])
     _write_drops(partial / DROPS_NAME, parts, verdict)
     stay = (
         (split, row.facts)
@@ -197,28 +199,34 @@ def _measures(rows: Sequence[Located], dropped: Mapping[int, Drop], settings: Se
     }
 
 
-def _write_split(path: Path, parts: Sequence[PartFacts], dropped: Mapping[int, Drop]) -> Json:
-    """Write one split from its parts; its content hash does not depend on parquet, nor on who encodes PNG."""
+def _write_split(directory: Path, parts: Sequence[PartFacts], dropped: Mapping[int, Drop]) -> Json:
+    """Give the parts of a split their place; only those that lose rows are written again."""
+    directory.mkdir()
     digest = hashlib.sha256()
+    files: dict[str, FileRecord] = {}
+    first = 0
+    for part in parts:
+        stays = [first + row not in dropped for row in range(len(part.kept))]
+        first += len(part.kept)
+        for facts in itertools.compress(part.kept, stays):
+            digest.update(facts.content.encode())
+        if not any(stays):
+            continue
+        path = directory / f"{len(files):05d}.parquet"
+        if all(stays):
+            _link(part.path, path)
+            files[path.name] = part.file
+        else:
+            files[path.name] = write_table(path, pq.read_table(part.path).filter(pa.array(stays)))
+    return {"files": {name: file._asdict() for name, file in files.items()}, "content_sha256": digest.hexdigest()}
 
-    def tables() -> Iterator[pa.Table]:
-        first = 0
-        for part in parts:
-            keep = [first + row not in dropped for row in range(len(part.kept))]
-            first += len(part.kept)
-            table = read_part(part.path)
-            if table.num_rows != len(keep):
-                raise DataError(f"{part.path} was changed while it was worked on.", f"delete {part.path.parent}")
-            table = table.filter(pa.array(keep, pa.bool_()))
-            facts = [facts for facts, stays in zip(part.kept, keep, strict=True) if stays]
-            for row, record in zip(facts, table.drop_columns(["images"]).to_pylist(), strict=True):
-                record["images"] = [picture.sha256 for picture in row.pictures]
-                digest.update(json.dumps(record, sort_keys=True).encode())
-            yield table
 
-    write_rows(path, tables())
-    record = FileRecord(path.stat().st_size, sha256_file(path))
-    return {"file": record._asdict(), "content_sha256": digest.hexdigest()}
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _write_drops(path: Path, parts: Mapping[Split, Sequence[PartFacts]], verdict: Verdict) -> None:
@@ -232,15 +240,6 @@ def _write_drops(path: Path, parts: Mapping[Split, Sequence[PartFacts]], verdict
 def _total(task: Task, split: Split, source: Source, settings: Settings) -> int | None:
     total = source.rows.get(task.source_split(split))
     return total if settings.limit is None or total is None else min(total, settings.limit)
-
-
-def _check_space(work: Path, out: Path) -> None:
-    """Refuse to write the splits where they do not fit beside their parts."""
-    needed = sum(path.stat().st_size for path in work.rglob("*.parquet"))
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        problem = f"{out} has {free / 1e9:.1f} GB left and the rows need {needed / 1e9:.1f} GB more."
-        raise DataError(problem, "free some space and give the same command again; what was done is kept")
 
 
 def _clear(out: Path, name: str, keep: Path | None = None) -> None:

@@ -149,8 +149,7 @@ def choose_rows(config: DataConfig, key: str, count: int) -> list[Example]:
     if len(ids) < count:
         raise DataError(f"{key} has only {len(ids)} rows, not {count}.", f"ask for at most {len(ids)}")
     chosen = set(sorted(ids, key=lambda name: (derive_seed("rows", config.seed, name), name))[:count])
-    path = directory / f"{key}.parquet"
-    return [row for row in stream_split(path, decode=False) if row.id in chosen]
+    return [row for row in stream_split(directory / key, decode=False) if row.id in chosen]
 
 
 def check_prepared(data: PreparedData) -> None:

@@ -37,7 +37,7 @@ def ask_processor(directory: Path, ledger: Json, model: Path) -> Json:
     counted = {row["id"]: row["tokens"] for row in read_index(directory)}
     asked = 0
     for split in ledger["splits"]:
-        for number, row in enumerate(stream_split(directory / f"{split}.parquet", decode=False)):
+        for number, row in enumerate(stream_split(directory / split, decode=False)):
             chosen = python_random("processor sample", row.id).random() < checks["processor_sample"]
             if not (chosen or number == 0):
                 continue

@@ -8,7 +8,7 @@ from cpt_rft.data.lock import read_lock
 from cpt_rft.data.parquet import stream_split
 from cpt_rft.data.picture import load_picture, needs_no_change
 from cpt_rft.errors import DataError, UserError
-from cpt_rft.files import FileRecord, sha256_file
+from cpt_rft.files import FileRecord, tree_problem
 
 _FIX = "delete the task's directory and prepare it again"
 
@@ -23,11 +23,11 @@ def verify_files(out: Path, task: str) -> None:
     ledger = read_ledger(directory)
     locked = read_lock(out)["tasks"].get(task, {}).get("splits", {})
     for split, entry in ledger["splits"].items():
-        path, record = directory / f"{split}.parquet", FileRecord(**entry["file"])
-        if not path.is_file():
-            raise DataError(f"{path} is missing.", _FIX)
-        if path.stat().st_size != record.size or sha256_file(path) != record.sha256:
-            raise DataError(f"{path} was changed since it was prepared.", _FIX)
+        problem = tree_problem(
+            directory / split, {n: FileRecord(**file) for n, file in entry["files"].items()}, full=True
+        )
+        if problem:
+            raise DataError(f"{problem}.", _FIX)
         if locked.get(split) != {"rows": entry["rows_used"], "sha256": entry["content_sha256"]}:
             raise DataError(f"{directory}: the ledger of {split} differs from the lock.", _FIX)
 
@@ -50,14 +50,14 @@ def verify_task(out: Path, task: str) -> dict[str, int]:
         ids = [row["id"] for row in index if row["split"] == split]
         found = []
         try:
-            for row in stream_split(directory / f"{split}.parquet", decode=False):
+            for row in stream_split(directory / split, decode=False):
                 found.append(row.id)
                 for data in row.images:
                     if not needs_no_change(load_picture(data, row.id)):
                         raise DataError(f"{row.id}: a picture is not in the canonical form.", _FIX)
         except (UserError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"{directory / split}.parquet, row {len(found)}: {error}", _FIX) from error
+            raise DataError(f"{directory / split}, row {len(found)}: {error}", _FIX) from error
         if found != ids or len(found) != entry["rows_used"]:
-            raise DataError(f"{directory / split}.parquet does not hold the rows that the ledger counts.", _FIX)
+            raise DataError(f"{directory / split} does not hold the rows that the ledger counts.", _FIX)
         counts[split] = len(found)
     return counts
