@@ -5,6 +5,7 @@ turns into exactly that needs no change; the others (see `canonical`) are decode
 libraries and are stored anew.
 """
 
+import re
 import struct
 import warnings
 from io import BytesIO
@@ -28,6 +29,7 @@ _BROKEN = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError),
     *(struct.error, OverflowError, ZeroDivisionError, MemoryError, RuntimeError),
 )
+_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-fA-F]+>")
 _FIXES = {
     Reason.PICTURE_TOO_SMALL: f"use pictures of at least {MIN_SIDE} pixels a side",
     Reason.PICTURE_TOO_THIN: f"crop it to a ratio below {MAX_ASPECT}",
@@ -144,4 +146,5 @@ def _check_size(picture: Image.Image, where: str) -> None:
 def _refuse(error: BaseException, where: str) -> NoReturn:
     cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
     reason = Reason.PICTURE_TRUNCATED if cut else Reason.PICTURE_UNREADABLE
-    raise PictureError(reason, f"{where} does not decode ({type(error).__name__}: {error}).") from error
+    text = _ADDRESS.sub("the file", str(error))  # the same words in every run
+    raise PictureError(reason, f"{where} does not decode ({type(error).__name__}: {text}).") from error
