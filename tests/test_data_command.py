@@ -159,6 +159,14 @@ def test_llamafactory_gets_sharegpt_and_each_picture_once(prepared: Path, tmp_pa
     assert hash_tree(target) == before
 
 
+def test_a_split_without_rows_is_exported_too(tmp_path: Path) -> None:
+    broken = row(1, image=b"broken")
+    prepare_task(ListedTask({"train": [broken], "test": [row(9, "test")]}), tmp_path, tmp_path / "out", LOOSE)
+    for engine in ("easyr1", "llamafactory"):
+        export_task(tmp_path / "out", "listed", engine, tmp_path / engine, "task", "direct")
+        assert exported_ids(engine, tmp_path / engine, "listed", "train") == []
+
+
 def test_every_engine_gets_the_same_rows(prepared: Path, tmp_path: Path) -> None:
     export_task(prepared, "listed", "easyr1", tmp_path / "easy", "task", "direct")
     export_task(prepared, "listed", "llamafactory", tmp_path / "factory", "task", "direct")

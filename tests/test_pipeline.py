@@ -187,6 +187,11 @@ def test_published_counts_are_compared_and_shown(tmp_path: Path, rows: list[Exam
     ]
 
 
+def test_a_split_without_rows_is_told(tmp_path: Path) -> None:
+    ledger = read_ledger(prepare(ListedTask({"train": [], "test": [row(1, "test")]}), tmp_path))
+    assert list(ledger_notes(ledger)) == ["EMPTY: listed/train has no rows."]
+
+
 def test_prompts_longer_than_the_limit_are_dropped(tmp_path: Path, base: Path) -> None:
     large = row(1, image=encoded(photo(1, 280, 280), "JPEG"))
     wordy = replace(row(2), problem="<image>" + "why " * 60)

@@ -4,9 +4,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpt_rft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cpt_rft.data.ledger import Json
+    from cpt_rft.data.pipeline import Settings
+    from cpt_rft.tasks.base import Task
 
 _HELP = """
 A directory of prepared rows holds data.lock.json and, for each task, its splits as parquet, ledger.json (source,
@@ -69,15 +74,27 @@ def _prepare(options: argparse.Namespace) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
     from cpt_rft.data.checks import CHECKS_FILE, load_checks
     from cpt_rft.data.ledger import ledger_notes, ledger_table
-    from cpt_rft.data.pipeline import Settings, prepare_task
-    from cpt_rft.progress import make_display
+    from cpt_rft.data.pipeline import Settings
     from cpt_rft.tasks.base import load_task
 
     checks = load_checks(options.checks or CHECKS_FILE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = options.processes or cores
-    settings = Settings(checks, options.model, options.limit, processes)
+    settings = Settings(checks, options.model, options.limit, options.processes or cores)
     tasks = [load_task(name) for name in _names(options.tasks)]
+    for ledger in prepare_tasks(tasks, options.cache, options.out, settings):
+        _print(ledger_table(ledger), *ledger_notes(ledger))
+    _tell_crossings(options.out)
+
+
+def prepare_tasks(tasks: "Sequence[Task]", cache: Path, out: Path, settings: "Settings") -> "list[Json]":
+    """Prepare tasks one after the other, with progress on the way; returns their ledgers.
+
+    Raises:
+        UserError: As `cpt_rft.data.pipeline.prepare_task`.
+    """
+    from cpt_rft.data.pipeline import prepare_task
+    from cpt_rft.progress import make_display
+
     work = {f"{task.config.name}/{split}": 1.0 for task in tasks for split in task.splits}
     ledgers = []
     with make_display(work) as display:
@@ -88,12 +105,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
         for task in tasks:
             display.note(f"{task.config.name}: looking for its files")
-            ledgers.append(prepare_task(task, options.cache, options.out, settings, progress))
+            ledgers.append(prepare_task(task, cache, out, settings, progress))
             for split in task.splits:
                 display.update(f"{task.config.name}/{split}", 1.0, "done")
-    for ledger in ledgers:
-        _print(ledger_table(ledger), *ledger_notes(ledger))
-    _tell_crossings(options.out)
+    return ledgers
 
 
 def _tell_crossings(out: Path) -> None:

@@ -123,8 +123,9 @@ def _llamafactory(prepared: Path, splits: Sequence[str], target: Path, preset: s
     for split in splits:
         name = f"{prepared.name}_{split}"
         with atomic_path(target / f"{name}.json") as path, path.open("w", encoding="utf-8") as file:
+            file.write("[")
             for number, row in enumerate(stream_split(prepared / split, decode=False)):
-                file.write(",\n" if number else "[\n")
+                file.write(",\n" if number else "\n")
                 file.write(json.dumps(_sharegpt(row, target, preset, style), ensure_ascii=False))
             file.write("\n]\n")
         columns = {"messages": "messages", "images": "images"}

@@ -118,6 +118,8 @@ def ledger_notes(ledger: Json) -> Iterator[str]:
         if entry.get("official", 0) != entry.get("official_found", 0):
             found, published = entry["official_found"], entry["official"]
             yield f"MISMATCH: {name}/{split} has {found} rows, {published} are published for this set."
+        if not entry["rows_used"]:
+            yield f"EMPTY: {name}/{split} has no rows."
         if entry["unproved"]:
             yield (
                 f"{name}/{split}: {entry['unproved']} prompts may be longer than"

@@ -153,9 +153,15 @@ def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Exampl
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
     waiting: deque[Future[None]] = deque()
+    first = True
     with ProcessPoolExecutor(processes, context, _start_worker, (checker,)) as pool:
 
         def run(part: list[Example | Drop], path: Path) -> None:
+            nonlocal first
+            if first:  # most small splits are one part: no process is started for them
+                first = False
+                make_part(checker, part, path)
+                return
             waiting.append(pool.submit(_work, part, path))
             while len(waiting) > processes:  # one part more than can be worked on, so that memory stays bounded
                 waiting.popleft().result()

@@ -238,7 +238,8 @@ def _write_drops(path: Path, parts: Mapping[Split, Sequence[PartFacts]], verdict
 
 
 def _total(task: Task, split: Split, source: Source, settings: Settings) -> int | None:
-    total = source.rows.get(task.source_split(split))
+    shared = any(rule.from_split == split or name == split for name, rule in task.config.carve.items())
+    total = None if shared else source.rows.get(task.source_split(split))
     return total if settings.limit is None or total is None else min(total, settings.limit)
 
 
