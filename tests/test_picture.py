@@ -125,6 +125,7 @@ def test_films_are_their_first_frame() -> None:
         (b"", Reason.PICTURE_UNREADABLE),
         (b"not a picture", Reason.PICTURE_UNREADABLE),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n", Reason.PICTURE_UNREADABLE),
+        (encoded(photo(1), "PPM"), Reason.PICTURE_UNREADABLE),
         (encoded(photo(1), "JPEG")[:-200], Reason.PICTURE_TRUNCATED),
         (encoded(photo(1))[:2000], Reason.PICTURE_TRUNCATED),
         (encoded(photo(1, 27, 64)), Reason.PICTURE_TOO_SMALL),
@@ -134,7 +135,7 @@ def test_films_are_their_first_frame() -> None:
         (png_header(100, 100), Reason.PICTURE_TRUNCATED),
         (encoded(Image.fromarray(np.zeros((48, 64), np.float32)), "TIFF"), Reason.PICTURE_UNREADABLE),
     ],
-    ids=["empty", "text", "eps", "jpeg", "png", "small", "thin", "bomb", "large", "hollow", "fractions"],
+    ids=["empty", "text", "eps", "other", "jpeg", "png", "small", "thin", "bomb", "large", "hollow", "fractions"],
 )
 def test_what_cannot_be_used_has_a_reason(data: bytes, reason: Reason) -> None:
     with pytest.raises(PictureError, match=r"^x ") as caught:

@@ -24,7 +24,7 @@ from cpt_rft.data.parquet import SCHEMA, to_record
 from cpt_rft.files import FileRecord, atomic_path, read_json, write_text_atomic
 
 PART_ROWS = 512
-PART_BYTES = 16 * 2**20  # of pictures: what one process holds at once, a few times over
+PART_BYTES = 8 * 2**20  # of pictures: what one process holds at once, a few times over
 # Pictures are compressed already, and nobody searches these files by value.
 PARQUET_OPTIONS = {"compression": "none", "write_statistics": False, "use_dictionary": False}
 DONE_NAME = "complete.json"
