@@ -24,7 +24,8 @@ from transformers.utils import logging
 from cpt_rft.data.example import IMAGE_TAG
 from cpt_rft.data.picture import Picture, decode_picture
 from cpt_rft.errors import CheckpointError, DataError
-from cpt_rft.pictures import PixelTable, load_image_processor
+from cpt_rft.pictures import PixelTable, image_processor
+from cpt_rft.vision import VisionSpec
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 IMAGE_PAD = "<|image_pad|>"
@@ -35,17 +36,29 @@ _FIX = "restore the directory from its source or train it again"
 
 @dataclass
 class Policy:
-    """A model with all that turns text and pictures into its inputs."""
+    """A model with all that turns text and pictures into its inputs.
+
+    Attributes:
+        model: The stock model.
+        tokenizer: With its chat template.
+        vision: What the model sees of a picture.
+        directory: Where it was loaded from.
+    """
 
     model: Qwen2_5_VLForConditionalGeneration
     tokenizer: Any
-    image_processor: Any
+    vision: VisionSpec
     directory: Path
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The stock image processor."""
+        return image_processor(self.vision)
 
     @cached_property
     def pixels(self) -> PixelTable:
         """The image processor as a table, for pictures that need no resizing."""
-        return PixelTable(self.image_processor)
+        return PixelTable(self.image_processor, self.vision)
 
 
 @dataclass(frozen=True)
@@ -63,20 +76,33 @@ class EncodedPrompt:
     image_grid_thw: Tensor | None = None
 
 
-def load_policy(directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
+def load_policy(
+    directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", vision: VisionSpec | None = None
+) -> Policy:
     """Load a checkpoint in evaluation mode.
 
+    Args:
+        directory: The checkpoint.
+        dtype: Arithmetic of the model.
+        device: Where it goes.
+        vision: What it is to see of a picture, if not what its own files say.
+
     Raises:
-        CheckpointError: A file is missing or truncated, a weight is missing, unknown, misshapen or not finite.
+        CheckpointError: A file is missing or truncated, a weight is missing, unknown, misshapen or not finite, or the
+            image processor cuts other patches than the model takes.
     """
     verify_checkpoint(directory)
+    vision = vision or VisionSpec.read(directory)
     with _no_progress_bar():
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if not tokenizer.chat_template:
         raise CheckpointError(f"{directory}: the tokenizer has no chat template.", _FIX)
-    image_processor = load_image_processor(directory)
-    return Policy(model.to(device).eval(), tokenizer, image_processor, directory)
+    tower = model.config.vision_config
+    takes = (tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size)
+    if (vision.patch_size, vision.merge_size, vision.temporal_patch_size) != takes:
+        raise CheckpointError(f"{directory}: the image processor cuts other patches than the model takes.", _FIX)
+    return Policy(model.to(device).eval(), tokenizer, vision, directory)
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -89,8 +115,7 @@ def verify_checkpoint(directory: Path) -> None:
         raise CheckpointError(f"{directory}: there is no such checkpoint directory.", "check the path")
     for name in _REQUIRED:
         _read_json(directory / name)
-    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise CheckpointError(f"{directory / 'preprocessor_config.json'} is missing.", _FIX)
+    VisionSpec.read(directory)
     wanted = _wanted(directory)
     _check_names(directory, dict(_stored(directory)), wanted)
     for path in _weight_files(directory):
@@ -221,7 +246,7 @@ def _encode(policy: Policy, images: Sequence[Picture], text: str, where: str) ->
     patches, grid = policy.pixels(pictures)
     # Expanded as text: the tokenizer maps each pad to its one id, so this equals expanding the ids.
     head, *tails = rendered.split(IMAGE_PAD)
-    counts = (grid.prod(-1) // policy.image_processor.merge_size**2).tolist()
+    counts = (grid.prod(-1) // policy.vision.merge_size**2).tolist()
     expanded = head + "".join(IMAGE_PAD * count + tail for count, tail in zip(counts, tails, strict=True))
     return EncodedPrompt(_ids(policy, expanded), patches, grid)
 

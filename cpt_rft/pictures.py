@@ -1,7 +1,6 @@
 """Pictures turned into patches exactly as the stock image processor does."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,15 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from cpt_rft.vision import VisionSpec
 
-def load_image_processor(directory: Path) -> Any:
+
+def image_processor(vision: VisionSpec) -> Any:
     """The stock processor that computes with PIL and numpy, alike on every machine, with or without torchvision."""
     # transformers 5.x has two and calls this one ...Pil; 4.x has only this one, under the plain name.
     pil = "Qwen2VLImageProcessorPil"
     name = pil if hasattr(transformers, pil) else "Qwen2VLImageProcessor"
-    return getattr(transformers, name).from_pretrained(directory, local_files_only=True)
+    return getattr(transformers, name)(**vision.processor_kwargs())
 
 
 class PixelTable:
@@ -26,13 +27,15 @@ class PixelTable:
     asked once for all of them. The rest is an index and a transpose: the same bits, at a fraction of the time.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.patch, self.merge, self.frames = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    def __init__(self, processor: Any, vision: VisionSpec) -> None:
+        self.processor, self.vision = processor, vision
+        self.patch, self.merge, self.frames = vision.patch_size, vision.merge_size, vision.temporal_patch_size
         side = self.patch * self.merge * 4
         ramp = (np.arange(side * side) % 256).astype(np.uint8).reshape(side, side)
         flat = self._layout(np.stack([ramp] * 3)).reshape(-1, 3, self.frames * self.patch**2)
-        values = np.asarray(self._stock([Image.fromarray(np.stack([ramp] * 3, -1))])[0]).reshape(flat.shape)
+        picture = Image.fromarray(np.stack([ramp] * 3, -1))
+        # Not resized, however small the budget is: each value must come out as itself.
+        values = processor(images=[picture], do_resize=False, return_tensors="np")["pixel_values"].reshape(flat.shape)
         self.table = np.zeros((3, 256), np.float32)
         for channel in range(3):
             self.table[channel, flat[:, channel]] = values[:, channel]
@@ -45,10 +48,9 @@ class PixelTable:
         return torch.cat([patches for patches, _ in parts]), torch.cat([grid for _, grid in parts])
 
     def _as_is(self, picture: Image.Image) -> bool:
-        size, side = self.processor.size, self.patch * self.merge
-        fits = size["shortest_edge"] <= picture.width * picture.height <= size["longest_edge"]
+        size = (picture.height, picture.width)
         plain = picture.mode == "RGB" and "transparency" not in picture.info
-        return plain and fits and picture.width % side == 0 and picture.height % side == 0
+        return plain and self.vision.resized(*size) == size
 
     def _fast(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
         pixels = np.asarray(picture).transpose(2, 0, 1)

@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from cpt_rft.config.contracts import CONTRACTS, Scorer
 from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.data.parquet import read_split
 from cpt_rft.errors import UserError
@@ -17,12 +18,20 @@ from eval.harness import evaluate_checkpoint
 from eval.records import accuracy, read_records, record_path
 from eval.table import accuracy_table
 
+#: Keys of the ``evaluation`` section that the contract may fill in.
+LIMITS = {
+    "max_new_tokens": "longest answer (default: the contract's, else 32)",
+    "max_prompt_tokens": "longest prompt (default: the contract's, else none)",
+    "min_pixels": "least area of a picture (default: the contract's, else the checkpoint's)",
+    "max_pixels": "largest area of a picture (default: the contract's, else the checkpoint's)",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m eval",
-        description="Answer every row of the data with a checkpoint (greedy), score it, write one record a row.",
+        description="Answer every row of the data with a checkpoint, score it, write one record a row.",
     )
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face directory")
     parser.add_argument("data", type=Path, nargs="+", help="parquet files of the data contract, one a task")
@@ -31,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="miniature", help="prompt preset")
     parser.add_argument("--rows", type=int, help="only the first so many rows of each file")
     parser.add_argument("--batch-size", type=int, default=50, help="rows answered together")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    parser.add_argument("--contract", choices=list(CONTRACTS), default="greedy", help="how answers come about")
+    parser.add_argument("--scorer", choices=get_args(Scorer), default="official", help="what counts as right")
+    for key, text in LIMITS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=int, help=text)
     parser.add_argument("--samples", type=int, default=0, help="also draw this many samples a row at temperature 1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -44,12 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         data, split = _tasks(options.data)
+        limits = {key: value for key in LIMITS if (value := getattr(options, key)) is not None}
+        if options.contract == "greedy":
+            limits.setdefault("max_new_tokens", 32)
         config = EvaluationConfig(
             split=split,
             rows=options.rows,
             styles=tuple(options.styles),
             batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
+            dtype=options.dtype,
+            contract=options.contract,
+            scorer=options.scorer,
+            **limits,
         )
         options.out.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True)) as bars:
@@ -61,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 config,
                 options.preset,
                 samples=options.samples,
-                dtype=options.dtype,
                 device=options.device,
                 progress=lambda done, total, what: _show(bars, bar, done, total, what),
             )

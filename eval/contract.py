@@ -12,57 +12,86 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cpt_rft.config.contracts import CONTRACTS, Decoding, Scorer
+from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.errors import CheckpointError
 from cpt_rft.files import sha256_json
 from cpt_rft.prompts import PRESETS
+from cpt_rft.vision import VisionSpec
 
 #: Raised by hand whenever a change to extraction or scoring can change a score.
-SCORER_VERSION = 1
-SCORER_PRESET = "official"
+SCORER_VERSION = 2
 
 Contract = dict[str, Any]
 
-# Keys of preprocessor_config.json that decide the pixels a model sees; the same in the old and the new file form.
-_VISION_KEYS = (
-    "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "merge_size", "patch_size",
-    "resample", "rescale_factor", "temporal_patch_size",
-)  # fmt: skip
-
 
 def evaluation_contract(
-    checkpoint: Path, *, prompt_preset: str, max_new_tokens: int, dtype: str, temperature: float = 0.0, samples: int = 1
+    checkpoint: Path, config: EvaluationConfig, prompt_preset: str, decoding: Decoding | None = None
 ) -> Contract:
-    """The contract under which `checkpoint` answers; temperature 0 is greedy decoding.
+    """The contract under which `checkpoint` answers.
+
+    Args:
+        checkpoint: A Hugging Face directory.
+        config: Limits, arithmetic, scorer, and the name of the contract.
+        prompt_preset: Name of the prompts.
+        decoding: How answers come about, if not as the named contract says.
 
     Raises:
         CheckpointError: There is no checkpoint, or it lacks its image processor or its chat template.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: there is no such checkpoint directory.", "check the path")
-    return {
-        "vision": vision_spec(checkpoint),
+    decoding = decoding or CONTRACTS[config.contract].decoding
+    contract: Contract = {
+        "vision": asked_vision(checkpoint, config).to_json(),
         "chat_template": hashlib.sha256(_chat_template(checkpoint).encode()).hexdigest(),
         "prompts": {"preset": prompt_preset, **dataclasses.asdict(PRESETS[prompt_preset])},
-        "decoding": {"temperature": temperature, "samples": samples, "top_p": 1.0, "vision_tokens": "suppressed"},
-        "limits": {"max_new_tokens": max_new_tokens},
-        "dtype": dtype,
+        "limits": {} if decoding.forced else {"max_new_tokens": config.max_new_tokens},
+        "dtype": config.dtype,
+    }
+    if config.max_prompt_tokens is not None:  # absent rather than null: contracts of before keep their fingerprints
+        contract["limits"]["max_prompt_tokens"] = config.max_prompt_tokens
+    return contract | (_FORCED if decoding.forced else _written(decoding, config.scorer))
+
+
+def _written(decoding: Decoding, scorer: Scorer) -> Contract:
+    """The terms of an answer that the model writes itself."""
+    sampling = {"temperature": decoding.temperature, "samples": decoding.samples, "top_p": decoding.top_p}
+    return {
+        "decoding": {**sampling, "vision_tokens": "suppressed"},
         "extraction": {"cot": "last balanced box", "direct": "whole stripped response"},
-        "scorer": {"preset": SCORER_PRESET, "version": SCORER_VERSION},
+        "scorer": scorer_terms(scorer),
     }
 
 
-def vision_spec(checkpoint: Path) -> dict[str, Any]:
-    """The pixel budget of a checkpoint: limits, patch, merge, resampling, normalisation and processor class."""
-    path = checkpoint / "preprocessor_config.json"
-    newer = checkpoint / "processor_config.json"
-    raw = _json(path) if path.is_file() or not newer.is_file() else _json(newer).get("image_processor", {})
-    size = raw.get("size") or {}
-    lowest = raw.get("min_pixels") or size.get("shortest_edge")
-    highest = raw.get("max_pixels") or size.get("longest_edge")
-    if lowest is None or highest is None:
-        raise CheckpointError(f"{path} states no pixel limits.", "copy the image processor files of the base model")
-    spec = {key: raw[key] for key in _VISION_KEYS if key in raw}
-    return {**spec, "min_pixels": lowest, "max_pixels": highest, "processor": raw.get("image_processor_type")}
+# The terms of the released SFT metric.
+_FORCED: Contract = {
+    "decoding": {
+        "teacher_forced": True,
+        "token": "likeliest at each position of the label",
+        "vision_tokens": "allowed",
+    },
+    "extraction": {
+        "strict": "label, end token and newline, special tokens left out, stripped, lower case",
+        "lenient": "label and end token, special tokens left out, stripped, lower case",
+    },
+    "scorer": {"preset": "compute_accuracy_vqa", "version": 1},
+}
+
+
+def scorer_terms(scorer: Scorer) -> dict[str, Any]:
+    """A contract's section on its scorer."""
+    return {"preset": scorer, "version": SCORER_VERSION}
+
+
+def is_forced(contract: Contract) -> bool:
+    """Whether the model was shown the label, so that its scores are for audits only."""
+    return bool(contract["decoding"].get("teacher_forced"))
+
+
+def asked_vision(checkpoint: Path, config: EvaluationConfig) -> VisionSpec:
+    """What the model is to see: the checkpoint's own specification with the pixel budget that was asked for."""
+    return VisionSpec.read(checkpoint).with_limits(config.min_pixels, config.max_pixels)
 
 
 def _chat_template(checkpoint: Path) -> str:

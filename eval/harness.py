@@ -1,10 +1,11 @@
-"""Evaluate one checkpoint: greedy answers in every prompt style, scored by the functions that give the reward.
+"""Evaluate one checkpoint: answers in every prompt style, scored by the functions that give the reward.
 
 Rows are read in order and answered in fixed batches; the records of a (task, style) are written whole once its last
 batch is scored, so a killed evaluation goes on with the next missing file.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +13,20 @@ from pathlib import Path
 
 import torch
 
-from cpt_rft.checkpoint import Policy, encode_prompts, load_policy
+from cpt_rft.checkpoint import EncodedPrompt, Policy, encode_prompts, load_policy
+from cpt_rft.config.contracts import CONTRACTS, Decoding, Scorer
 from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import read_split
 from cpt_rft.engines.local.generate import Completion, generate
 from cpt_rft.errors import DataError
 from cpt_rft.files import sha256_file, write_json_atomic
-from cpt_rft.prompts import Style, user_text
-from cpt_rft.scoring import score
+from cpt_rft.prompts import Style, target_text, user_text
 from cpt_rft.seeds import derive_seed
-from eval.contract import Contract, evaluation_contract, fingerprint
+from eval.contract import Contract, asked_vision, evaluation_contract, fingerprint
+from eval.forced import Forced, teacher_forced
 from eval.records import Record, RecordError, read_records, record_path, refuse_mixed, write_contract, write_records
+from eval.scorers import score_under
 
 READS_NAME = "reads.json"
 #: Called with rows done, rows in all, and what is being answered.
@@ -35,29 +38,50 @@ def _silent(done: int, total: int, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One file of records to be made: a task in a style, greedy or sampled."""
+class Job:
+    """One file of records to be made.
+
+    Attributes:
+        task: Task or general ability.
+        style: Prompt style.
+        decoding: How the answers come about.
+        out: Directory of the records.
+        sampled: Whether these are the base model's samples, which have a file of their own.
+    """
 
     task: str
     style: Style
-    samples: int  # 0: greedy
+    decoding: Decoding
+    out: Path
+    sampled: bool = False
 
     @property
-    def repeats(self) -> int:
-        return max(1, self.samples)
+    def path(self) -> Path:
+        """The file."""
+        return record_path(self.out, self.task, self.style, sampled=self.sampled)
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint that is loaded only when something is left to answer."""
+class Subject:
+    """A checkpoint under evaluation; it is loaded only when something is left to answer.
+
+    Attributes:
+        directory: A Hugging Face directory.
+        config: Split, rows, batch size, limits, scorer.
+        prompt_preset: Name of the prompts.
+        device: Where the model runs.
+    """
 
     directory: Path
-    dtype: str
-    device: str
+    config: EvaluationConfig
+    prompt_preset: str
+    device: str = "cpu"
 
     @cached_property
     def policy(self) -> Policy:
-        return load_policy(self.directory, dtype=getattr(torch, self.dtype), device=self.device)
+        """The loaded model."""
+        dtype, vision = getattr(torch, self.config.dtype), asked_vision(self.directory, self.config)
+        return load_policy(self.directory, dtype=dtype, device=self.device, vision=vision)
 
 
 def evaluate_checkpoint(
@@ -68,7 +92,6 @@ def evaluate_checkpoint(
     prompt_preset: str,
     *,
     samples: int = 0,
-    dtype: str = "float32",
     device: str = "cpu",
     progress: Progress = _silent,
 ) -> None:
@@ -78,46 +101,61 @@ def evaluate_checkpoint(
         checkpoint: A Hugging Face directory.
         data: Parquet file by task or general ability.
         out: Directory of the records; files already whole under the same contract and rows are kept.
-        config: Split, rows, styles, batch size and limits.
+        config: Contract, split, rows, styles, batch size and limits.
         prompt_preset: Name of the prompts.
         samples: Also draw this many samples a row at temperature 1 (the base model), general abilities excepted.
-        dtype: Floating type of the model, part of the contract.
         device: Where the model runs.
         progress: Told after every batch.
 
     Raises:
         RecordError: ``out`` holds records of another contract or of other rows.
     """
-    held = _Checkpoint(checkpoint, dtype, device)
-    jobs = [_Job(task, style, 0) for task in data for style in config.styles]
+    decoding = CONTRACTS[config.contract].decoding
+    jobs = [Job(task, style, decoding, out) for task in data for style in config.styles]
     if samples:
-        jobs += [_Job(task, style, samples) for task in data for style in config.styles if task not in config.general]
-    rows = {task: _rows(path, task, config) for task, path in data.items()}
-    _note_reads(out, data, rows)
-    total = sum(len(rows[job.task]) * job.repeats for job in jobs)
+        drawn, tasks = Decoding(temperature=1.0, samples=samples), [task for task in data if task not in config.general]
+        jobs += [Job(task, style, drawn, out, sampled=True) for task in tasks for style in config.styles]
+    do_jobs(Subject(checkpoint, config, prompt_preset, device), jobs, data, progress=progress)
+
+
+def do_jobs(
+    subject: Subject,
+    jobs: Sequence[Job],
+    data: Mapping[str, Path],
+    *,
+    progress: Progress = _silent,
+    finished: Callable[[Job, float], None] = lambda job, seconds: None,
+) -> None:
+    """Make every file of records that is not there yet; see `evaluate_checkpoint`.
+
+    Args:
+        subject: The checkpoint and how it is asked.
+        jobs: The files.
+        data: Parquet file by task or general ability.
+        progress: Told after every batch.
+        finished: Told every file that was made, and the seconds that its answers took, loading left out.
+    """
+    rows = {task: _rows(path, task, subject.config) for task, path in data.items()}
+    for out in dict.fromkeys(job.out for job in jobs):
+        _note_reads(out, data, rows)
+    total = sum(len(rows[job.task]) * job.decoding.samples for job in jobs)
     done = 0
     for job in jobs:
-        contract = evaluation_contract(
-            checkpoint,
-            prompt_preset=prompt_preset,
-            max_new_tokens=config.max_new_tokens,
-            dtype=dtype,
-            temperature=1.0 if job.samples else 0.0,
-            samples=job.repeats,
-        )
-        path = record_path(out, job.task, job.style, sampled=job.samples > 0)
-        if path.exists():
-            _check_finished(path, rows[job.task], job, contract)
-            done += len(rows[job.task]) * job.repeats
+        contract = evaluation_contract(subject.directory, subject.config, subject.prompt_preset, job.decoding)
+        if job.path.exists():
+            _check_finished(rows[job.task], job, contract)
+            done += len(rows[job.task]) * job.decoding.samples
             progress(done, total, f"{job.task} {job.style}")
-        else:
-            name = write_contract(out, contract)
-            records: list[Record] = []
-            for batch in _batches(rows[job.task], config.batch_size):
-                records += _answer(held.policy, batch, job, config, prompt_preset, name)
-                done += len(batch) * job.repeats
-                progress(done, total, f"{job.task} {job.style}")
-            write_records(path, records)
+            continue
+        name, policy = write_contract(job.out, contract), subject.policy
+        started = time.perf_counter()
+        records: list[Record] = []
+        for batch in _batches(rows[job.task], subject.config.batch_size):
+            records += _answer(subject, policy, batch, job, name)
+            done += len(batch) * job.decoding.samples
+            progress(done, total, f"{job.task} {job.style}")
+        write_records(job.path, records)
+        finished(job, time.perf_counter() - started)
 
 
 def _rows(path: Path, task: str, config: EvaluationConfig) -> list[Example]:
@@ -152,38 +190,58 @@ def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
         yield rows[start : start + size]
 
 
-def _check_finished(path: Path, rows: Sequence[Example], job: _Job, contract: Contract) -> None:
+def _check_finished(rows: Sequence[Example], job: Job, contract: Contract) -> None:
     """A file that exists must be exactly what this evaluation would make."""
-    records, asked = read_records(path), fingerprint(contract)
-    sources = {str(path): (records[0].contract, path.parent), "the evaluation asked for": (asked, path.parent)}
+    records, asked = read_records(job.path), fingerprint(contract)
+    sources = {str(job.path): (records[0].contract, job.out), "the evaluation asked for": (asked, job.out)}
     refuse_mixed(sources, also={asked: contract})
-    wanted = [(row.id, number) for row in rows for number in range(job.repeats)]
+    wanted = [(row.id, number) for row in rows for number in range(job.decoding.samples)]
     if [(record.id, record.sample) for record in records] != wanted:
-        raise RecordError(f"{path} holds other rows than the data.", "delete it, or evaluate into another directory")
+        raise RecordError(
+            f"{job.path} holds other rows than the data.", "delete it, or evaluate into another directory"
+        )
 
 
-def _answer(
-    policy: Policy, batch: Sequence[Example], job: _Job, config: EvaluationConfig, prompt_preset: str, contract: str
-) -> list[Record]:
-    prompts = encode_prompts(policy, [(row.images, user_text(row, job.style, prompt_preset)) for row in batch])
+def _answer(subject: Subject, policy: Policy, batch: Sequence[Example], job: Job, contract: str) -> list[Record]:
+    config, decoding = subject.config, job.decoding
+    texts = [(row.images, user_text(row, job.style, subject.prompt_preset)) for row in batch]
+    prompts = encode_prompts(policy, texts, [row.id for row in batch])
+    _refuse_long(batch, prompts, config.max_prompt_tokens)
+    if decoding.forced:
+        forced = teacher_forced(policy, prompts, [target_text(row, job.style) for row in batch])
+        return [_forced_record(row, job, said, contract) for row, said in zip(batch, forced, strict=True)]
     completions = generate(
         policy,
         prompts,
-        group=job.repeats,
+        group=decoding.samples,
         max_new_tokens=config.max_new_tokens,
-        temperature=1.0 if job.samples else 0.0,
-        seeds=[derive_seed("samples", row.id, job.style) for row in batch] if job.samples else None,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        seeds=[derive_seed("samples", row.id, job.style) for row in batch] if decoding.temperature else None,
     )
     return [
-        _record(policy, row, job, number, completion, contract)
+        _record(policy, row, job, number, completion, config.scorer, contract)
         for row, group in zip(batch, completions, strict=True)
         for number, completion in enumerate(group)
     ]
 
 
-def _record(policy: Policy, row: Example, job: _Job, number: int, completion: Completion, contract: str) -> Record:
+def _refuse_long(batch: Sequence[Example], prompts: Sequence[EncodedPrompt], limit: int | None) -> None:
+    """Rather stop than leave a row out of one checkpoint's score."""
+    for row, prompt in zip(batch, prompts, strict=True):
+        if limit is not None and len(prompt.ids) > limit:
+            raise DataError(
+                f"Row {row.id}: its prompt takes {len(prompt.ids)} tokens, the contract allows {limit}.",
+                "raise evaluation.max_prompt_tokens, lower evaluation.max_pixels, or drop the row",
+            )
+
+
+def _record(
+    policy: Policy, row: Example, job: Job, number: int, completion: Completion, scorer: Scorer, contract: str
+) -> Record:
     response = str(policy.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-    result = score(
+    result = score_under(
+        scorer,
         response,
         answer=row.answer,
         references=row.references,
@@ -205,5 +263,28 @@ def _record(policy: Policy, row: Example, job: _Job, number: int, completion: Co
         format=result.format,
         status=result.status,
         answer=row.answer,
+        references=row.references,
+        kind=row.kind,
+        contract=contract,
+    )
+
+
+def _forced_record(row: Example, job: Job, said: Forced, contract: str) -> Record:
+    return Record(
+        id=row.id,
+        task=row.task,
+        style=job.style,
+        sample=0,
+        response=said.said,
+        tokens=said.tokens,
+        finish="stop",
+        extracted=said.said.strip().lower() or None,
+        strict=said.strict,
+        lenient=said.lenient,
+        format=1.0,  # the label's own
+        status="answered" if said.said.strip() else "no_answer",
+        answer=row.answer,
+        references=row.references,
+        kind=row.kind,
         contract=contract,
     )

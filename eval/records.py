@@ -1,20 +1,36 @@
 """Evaluation records: one JSON line an evaluated example, in files that are absent or whole.
 
-A directory of records holds ``<task>.<style>.jsonl`` (greedy), ``<task>.<style>.sampled.jsonl`` (several samples a
-row, base model only) and ``contracts.json``, which spells out every fingerprint the records carry.
+A directory of records holds ``<task>.<style>.jsonl``, ``<task>.<style>.sampled.jsonl`` (several samples a row at
+temperature 1, base model only) and ``contracts.json``, which spells out every fingerprint the records carry. The form
+is described in docs/records.md; every record states its version, and a reader takes no other.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
+from cpt_rft.data.example import Kind
 from cpt_rft.errors import UserError
 from cpt_rft.files import write_json_atomic, write_text_atomic
+from cpt_rft.prompts import STYLES
 from eval.contract import Contract, differences, fingerprint
 
 CONTRACTS_FILE = "contracts.json"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+#: Version of the record schema; raised by hand whenever a key is added, removed or given another meaning.
+VERSION = 2
+#: Responses that are counted apart, besides those that were ``answered``.
+COUNTED_APART = ("truncated", "no_answer", "undecodable")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "style": STYLES,
+    "finish": ("stop", "length"),
+    "status": ("answered", *COUNTED_APART),
+    "kind": get_args(Kind),
+}
 
 
 class RecordError(UserError):
@@ -37,8 +53,11 @@ class Record:
         strict: Score in the required form, 0 to 1.
         lenient: Score in any accepted form, 0 to 1.
         format: Whether the required form was kept, 0 to 1.
-        status: ``answered``, ``no_answer`` or ``truncated``.
+        status: ``answered``, or one of `COUNTED_APART`.
         answer: The label of the row.
+        references: Every accepted answer. They stand here, and not only in the data, so that a directory of records
+            can be scored again by itself, by exactly what it was scored by.
+        kind: Answer kind of the row.
         contract: Fingerprint of the evaluation contract.
     """
 
@@ -55,10 +74,14 @@ class Record:
     format: float
     status: str
     answer: str
+    references: tuple[str, ...]
+    kind: Kind
     contract: str
 
 
-_KEYS = frozenset(field.name for field in fields(Record))
+_PLAIN: dict[str, tuple[type, ...]] = {field.name: (str,) for field in fields(Record)}
+_PLAIN |= {"extracted": (str, NoneType), "references": (tuple,), "sample": (int,), "tokens": (int,)}
+_PLAIN |= dict.fromkeys(("strict", "lenient", "format"), (int, float))
 
 
 def record_path(directory: Path, task: str, style: str, *, sampled: bool = False) -> Path:
@@ -69,21 +92,30 @@ def record_path(directory: Path, task: str, style: str, *, sampled: bool = False
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+    write_text_atomic(path, "".join(_line(record) for record in records))
+
+
+def _line(record: Record) -> str:
+    text = json.dumps({"version": VERSION, **asdict(record)}, ensure_ascii=False)
+    # Half a surrogate pair is no character of UTF-8, but JSON can name it.
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", text) + "\n"
 
 
 def read_records(path: Path) -> list[Record]:
     """All records of a file, in order.
 
     Raises:
-        RecordError: The file is missing, a line is broken, lacks a key or comes twice, or fingerprints are mixed.
+        RecordError: The file is missing, a line is broken or of another version, lacks a key, has an unknown one or
+            one of another type, a row comes twice, or fingerprints are mixed.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} cannot be read ({error}).", "evaluate this checkpoint again") from error
-    records = [_parse(path, number, line) for number, line in enumerate(text.splitlines(), start=1)]
-    if not records or not text.endswith("\n"):
+    # Split at newlines only: `splitlines` would also cut at the separators that a response may hold.
+    lines = text.split("\n")
+    records = [_parse(path, number, line) for number, line in enumerate(lines[:-1], start=1)]
+    if not records or lines[-1]:
         raise RecordError(f"{path} is empty or cut short.", "delete it and evaluate again")
     if len({(record.id, record.sample) for record in records}) < len(records):
         raise RecordError(f"{path} holds a row twice.", "delete it and evaluate again")
@@ -95,12 +127,36 @@ def read_records(path: Path) -> list[Record]:
 def _parse(path: Path, number: int, line: str) -> Record:
     try:
         raw = json.loads(line)
-        missing = _KEYS - raw.keys()
-        if missing:
-            raise KeyError(f"no {', '.join(sorted(missing))}")
-        return Record(**{key: raw[key] for key in _KEYS})
-    except (ValueError, KeyError, AttributeError) as error:
-        raise RecordError(f"{path}, line {number} is no record ({error}).", "delete it and evaluate again") from error
+        if not isinstance(raw, dict):
+            raise ValueError("no JSON object")
+        version = raw.pop("version", 1)
+        if version != VERSION:
+            raise RecordError(
+                f"{path}, line {number} is of record version {version}; this program reads version {VERSION}.",
+                "evaluate this checkpoint again, or read it with the program that wrote it",
+            )
+        return _checked(raw)
+    except ValueError as error:
+        raise RecordError(
+            f"{path}, line {number} is no record of version {VERSION} ({error}).", "delete the file and evaluate again"
+        ) from error
+
+
+def _checked(raw: dict[str, Any]) -> Record:
+    """A record from its JSON; what is not as documented is a ValueError."""
+    for what, names in (("no", _PLAIN.keys() - raw.keys()), ("unknown key", raw.keys() - _PLAIN.keys())):
+        if names:
+            raise ValueError(f"{what} {', '.join(sorted(names))}")
+    if isinstance(raw["references"], list):
+        raw["references"] = tuple(raw["references"])
+    for name, value in raw.items():
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}")
+        if isinstance(value, bool) or not isinstance(value, _PLAIN[name]):
+            raise ValueError(f"{name} is {value!r}")
+    if not all(0 <= raw[name] <= 1 for name in ("strict", "lenient", "format")):
+        raise ValueError("a score is not within 0 and 1")
+    return Record(**raw)
 
 
 def read_contracts(directory: Path) -> dict[str, Contract]:
@@ -153,12 +209,16 @@ def refuse_mixed(sources: Mapping[str, tuple[str, Path]], also: Mapping[str, Con
 
 
 def accuracy(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean strict and lenient score in percent and the counts of rows, cut-short and answerless responses."""
+    """Mean strict and lenient score in percent and the counts of rows and of responses counted apart."""
     count = len(records)
     return {
         "rows": count,
         "strict": 100.0 * sum(record.strict for record in records) / count,
         "lenient": 100.0 * sum(record.lenient for record in records) / count,
-        "truncated": sum(record.status == "truncated" for record in records),
-        "no_answer": sum(record.status == "no_answer" for record in records),
+        **counts(records),
     }
+
+
+def counts(records: Sequence[Record]) -> dict[str, int]:
+    """How many responses of each sort are counted apart."""
+    return {status: sum(record.status == status for record in records) for status in COUNTED_APART}

@@ -18,7 +18,7 @@ from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
 from eval import metrics, statistics
 from eval.metrics import HEADLINE
-from eval.records import accuracy, read_contracts, read_records, record_path
+from eval.records import COUNTED_APART, accuracy, read_contracts, read_records, record_path
 from eval.runs import Chain, IncompleteRunError, Run, listed
 from eval.statistics import Resamples
 
@@ -225,15 +225,14 @@ class _Builder:
         }
 
     def _shares(self, chain: Chain, style: str) -> Json:
-        """Percent of truncated and answerless responses, in the form of the matrix."""
-
-        def share(count: str) -> list[list[float]]:
-            return [
-                [100 * getattr(self.run.cell(where, task, style), count) / self.rows[task] for task in chain.order]
+        """Percent of responses that are counted apart, by sort, in the form of the matrix."""
+        return {
+            status: [
+                [100 * self.run.cell(where, task, style).apart[status] / self.rows[task] for task in chain.order]
                 for where in self.run.evals(chain)
             ]
-
-        return {"truncated": share("truncated"), "no_answer": share("no_answer")}
+            for status in COUNTED_APART
+        }
 
     def _general_rows(self, chain: Chain, view: _View) -> list[dict[str, float]]:
         stacked = {n: self.run.stacked(chain, n, view.style, view.score).mean(axis=1) for n in self.run.general}

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
-from eval.records import RecordError, read_records, record_path, refuse_mixed
+from eval.contract import is_forced
+from eval.records import RecordError, counts, read_contracts, read_records, record_path, refuse_mixed
 
 Array = NDArray[np.float64]
 MULTITASK_STAGE = "multitask"
@@ -39,16 +40,14 @@ class Cell:
         ids: Rows, in order.
         strict: Scores in percent, shape (rows,).
         lenient: Scores in percent, shape (rows,).
-        truncated: Rows whose response hit the length limit.
-        no_answer: Rows whose response holds no answer.
+        apart: Rows whose response was cut short, holds no answer or is no text, by `COUNTED_APART`.
         contract: Fingerprint of the evaluation contract.
     """
 
     ids: tuple[str, ...]
     strict: Array
     lenient: Array
-    truncated: int
-    no_answer: int
+    apart: dict[str, int]
     contract: str
 
     def scores(self, kind: str) -> Array:
@@ -178,8 +177,7 @@ class Run:
                 tuple(record.id for record in records),
                 100.0 * np.array([record.strict for record in records]),
                 100.0 * np.array([record.lenient for record in records]),
-                sum(record.status == "truncated" for record in records),
-                sum(record.status == "no_answer" for record in records),
+                counts(records),
                 records[0].contract,
             )
             if directory != self.base_eval:
@@ -199,11 +197,18 @@ class Run:
         """The one fingerprint of the base model's records.
 
         Raises:
-            RecordError: They carry several.
+            RecordError: They carry several, or one that is for audits only.
         """
         cells = {f"{t}.{s}": (self.cell(self.base_eval, t, s).contract, self.base_eval) for t, s in self.wanted()}
         refuse_mixed(cells)
-        return next(iter(cells.values()))[0]
+        name = next(iter(cells.values()))[0]
+        terms = read_contracts(self.base_eval).get(name)
+        if terms is not None and is_forced(terms):
+            raise RecordError(
+                f"{self.base_eval}: the model was shown the label (teacher forcing), so no methods may be compared.",
+                "evaluate under 'greedy' or 'paper'; teacher forcing is for 'cpt-rft audit'",
+            )
+        return name
 
     def train_log(self, stage: Path) -> list[dict[str, Any]]:
         """The lines of a stage's training log.

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eval.records import COUNTED_APART
 from eval.results import NATIVE, SCORES
 from eval.words import ARROW, METRIC_NAMES, MINUS, NONE, SCORE_NAMES, bounds, number, seeds_text, short, signed, verdict
 
@@ -62,7 +63,8 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 def sheets(results: Json) -> list[Sheet]:
     """All tables of a run, the comparisons first."""
     parts = [comparison_sheet(entry) for entry in results["comparisons"]]
-    return [*parts, arms_sheet(results), *([general_sheet(results)] if results["general"] else [])]
+    general = [general_sheet(results)] if results["general"] else []
+    return [*parts, arms_sheet(results), *general, apart_sheet(results)]
 
 
 def comparison_sheet(entry: Json) -> Sheet:
@@ -125,6 +127,23 @@ def general_sheet(results: Json) -> Sheet:
     return Sheet("General abilities", heads, tuple(rows), 3, note)
 
 
+def apart_sheet(results: Json) -> Sheet:
+    """Responses that are counted apart, of each method at the end of its sequence."""
+    rows = []
+    for name, method in results["methods"].items():
+        for style in results["styles"]:
+            ends = [
+                [seed["by_style"][style][status][-1] for status in COUNTED_APART] for seed in method["seeds"].values()
+            ]
+            shares = [
+                sum(sum(end[place]) / len(end[place]) for end in ends) / len(ends) for place in range(len(ends[0]))
+            ]
+            rows.append((name, style, *(number(share) for share in shares)))
+    heads = ("method", "prompt style", *(status.replace("_", " ") for status in COUNTED_APART))
+    note = "Percent of the responses after the last task, mean over tasks and seeds; they are scored like all others."
+    return Sheet("Responses counted apart", heads, tuple(rows), 2, note)
+
+
 def terminal(results: Json) -> RenderableType:
     """Everything for the terminal."""
     found = verdict(results)
@@ -154,10 +173,11 @@ def about(results: Json) -> str:
 
 def accuracy_table(cells: Mapping[tuple[str, str], Json]) -> RenderableType:
     """Accuracy of one checkpoint by (task, style)."""
-    keys = ("strict", "lenient", "truncated", "no_answer")
+    keys = (*SCORES, *COUNTED_APART)
     rows = tuple(
         (task, style, str(cell["rows"]), *(number(cell[key]) if key in SCORES else str(cell[key]) for key in keys))
         for (task, style), cell in cells.items()
     )
-    heads = ("task", "style", "rows", "strict %", "any form %", "truncated", "no answer")
+    apart = tuple(status.replace("_", " ") for status in COUNTED_APART)
+    heads = ("task", "style", "rows", "strict %", "any form %", *apart)
     return Sheet("Accuracy", heads, rows, 2).rich()

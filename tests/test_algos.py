@@ -8,9 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpt_rft.algos.aggregate import token_mean
-from cpt_rft.algos.grpo import clipped_policy_loss, group_advantages, k3_divergence, zero_variance
+from cpt_rft.algos.grpo import group_advantages, zero_variance
+from cpt_rft.algos.kl import k3_divergence
 from cpt_rft.algos.logprobs import entropy, token_logprobs
+from cpt_rft.algos.policy import clipped_policy_loss
 from cpt_rft.algos.sft import sft_loss
+from cpt_rft.errors import UserError
 
 REWARDS = st.sampled_from([0.0, 0.1, 0.9, 1.0, 1 / 3, 0.7])
 GROUPS = st.integers(2, 9).flatmap(
@@ -36,7 +39,7 @@ def test_equal_rewards_have_advantage_zero_exactly(size: int, value: float, dtyp
 
 @pytest.mark.parametrize("rewards", [torch.ones(4, 1), torch.ones(4), torch.ones(0, 1)])
 def test_a_group_of_one_is_refused(rewards: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(UserError, match="at least 2 completions"):
         group_advantages(rewards)
 
 

@@ -14,7 +14,20 @@ from cpt_rft import __version__, cli
 from cpt_rft.progress import BarDisplay, LineDisplay, make_display
 from tests.helpers.tiny_run import Tiny, content, one_line_error, prepared, reference
 
-VERBS = ("plan", "run", "status", "report", "prepare", "train", "evaluate", "schema", "pretrain", "audit-base")
+VERBS = (
+    "plan",
+    "run",
+    "status",
+    "report",
+    "prepare",
+    "train",
+    "evaluate",
+    "schema",
+    "audit",
+    "rescore",
+    "pretrain",
+    "audit-base",
+)
 
 
 @pytest.fixture

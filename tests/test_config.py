@@ -179,6 +179,15 @@ def test_numbers_and_words_are_those_of_yaml_1_2():
         ("  train: 16\n", "", 11, "the key 'data.train' is missing"),
         ("max_new_tokens: 8", "max_new_tokens: 8, general: [mini_mmu]", 15, "unknown general ability 'mini_mmu'"),
         (
+            "max_new_tokens: 8",
+            "contract: greddy, max_new_tokens: 8",
+            15,
+            "should be 'greedy', 'paper' or 'teacher_forced'",
+        ),
+        ("max_new_tokens: 8", "contract: greedy", 15, "the key 'evaluation.max_new_tokens' is missing"),
+        ("max_new_tokens: 8", "contract: teacher_forced", 15, "the model is shown the label"),
+        ("max_new_tokens: 8", "max_new_tokens: 8, scorer: best", 15, "should be 'official' or 'paper_single_label'"),
+        (
             "test: 8",
             "test: 8\n  prompt_preset: papr_rft",
             15,

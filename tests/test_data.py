@@ -83,6 +83,19 @@ def test_a_picture_under_28_pixels_is_named(tmp_path: Path, rows: list[Example])
         read_split(path)
 
 
+def test_a_picture_over_200_times_as_long_as_wide_is_named(tmp_path: Path, rows: list[Example]) -> None:
+    for width, accepted in ((5600, True), (5601, False)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, 28)).save(buffer, format="PNG")
+        path = tmp_path / "row.parquet"
+        write_split(path, [replace(rows[0], images=(buffer.getvalue(),))])
+        if accepted:
+            assert len(read_split(path)) == 1
+        else:
+            with pytest.raises(DataError, match=r"row 0 .*5601 x 28 px\. Fix: crop it to a ratio of at most 200"):
+                read_split(path)
+
+
 def test_missing_and_cut_files_are_named(tmp_path: Path, rows: list[Example]) -> None:
     path = tmp_path / "x.parquet"
     with pytest.raises(DataError, match="does not exist"):
@@ -111,6 +124,15 @@ def test_prepare_is_idempotent_and_locked(tmp_path: Path) -> None:
     assert prepare(config, ["mini_gqa"], ["mini_pope"], tmp_path) == data
     assert before == ((tmp_path / LOCK_NAME).read_bytes(), data.path("mini_gqa", "train").stat().st_mtime_ns)
     check_prepared(data)
+
+
+def test_prepare_draws_no_split_that_is_not_asked_for(tmp_path: Path) -> None:
+    config = DataConfig(train=4, dev=2, test=3, general=5)
+    one = prepare(config, ["mini_gqa"], ["mini_pope"], tmp_path / "one", splits=("dev",))
+    assert one.rows == {"mini_gqa/dev": 2, "mini_pope/dev": 5}
+    assert {path.name for path in (tmp_path / "one").rglob("*.parquet")} == {"dev.parquet"}
+    every = prepare(config, ["mini_gqa"], ["mini_pope"], tmp_path / "every")
+    assert one.hashes.items() <= every.hashes.items()
 
 
 def test_prepare_refuses_other_settings_in_the_same_directory(tmp_path: Path) -> None:

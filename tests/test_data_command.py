@@ -165,6 +165,7 @@ def test_a_split_without_rows_is_exported_too(tmp_path: Path) -> None:
     for engine in ("easyr1", "llamafactory"):
         export_task(tmp_path / "out", "listed", engine, tmp_path / engine, "task", "direct")
         assert exported_ids(engine, tmp_path / engine, "listed", "train") == []
+    assert json.loads((tmp_path / "llamafactory" / "listed_train.json").read_text()) == []
 
 
 def test_every_engine_gets_the_same_rows(prepared: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cpt_rft.algos.logprobs import token_logprobs
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy, vision_token_ids
-from cpt_rft.engines.local.generate import Completion, end_token_ids, generate, suppression
+from cpt_rft.engines.local.generate import Completion, end_token_ids, generate, nucleus, suppression
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.packing import pack_blocks
 from tests.helpers.engine import make_base, random_prompt, stock_inputs
@@ -166,3 +166,22 @@ def test_completions_are_plain_python(policy: Policy, prompts: list[EncodedPromp
     assert isinstance(completion, Completion)
     assert all(type(token) is int for token in completion.token_ids)
     assert all(type(value) is float for value in completion.logprobs)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_the_share() -> None:
+    shares = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.97, 0.01, 0.01, 0.01], [0.25, 0.25, 0.25, 0.25]])
+    inside = nucleus(shares.log(), 0.74).exp()
+    expected = torch.tensor([[0.0, 2 / 3, 1 / 3, 0.0], [1.0, 0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3, 0.0]])
+    torch.testing.assert_close(inside, expected)
+    assert nucleus(shares.log(), 0.76).isneginf().sum(-1).tolist() == [1, 3, 0]
+
+
+def test_top_p_keeps_samples_within_the_nucleus(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    """A nucleus of one token is greedy decoding; its log-probability within the nucleus is 0."""
+    greedy = generate(policy, prompts, max_new_tokens=6, temperature=0)
+    seeds = list(range(len(prompts)))
+    narrow = generate(policy, prompts, max_new_tokens=6, temperature=1.0, top_p=1e-9, seeds=seeds)
+    assert [row[0].token_ids for row in narrow] == [row[0].token_ids for row in greedy]
+    assert {logprob for row in narrow for logprob in row[0].logprobs} == {0.0}
+    every = generate(policy, prompts, max_new_tokens=6, temperature=3.0, seeds=seeds)
+    assert [row[0].token_ids for row in every] != [row[0].token_ids for row in greedy]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_rft.algos.grpo import group_advantages, k3_divergence
+from cpt_rft.algos.grpo import group_advantages
+from cpt_rft.algos.kl import k3_divergence
 from cpt_rft.checkpoint import EncodedPrompt, Policy, encode_prompt, load_policy, vision_token_ids
 from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import Completion

@@ -15,7 +15,7 @@ from cpt_rft.prompts import STYLES, user_text
 from cpt_rft.scoring import score
 from eval.__main__ import main
 from eval.harness import evaluate_checkpoint
-from eval.records import RecordError, read_records, record_path
+from eval.records import RecordError, read_contracts, read_records, record_path
 
 ROWS = 7
 TASKS = ("mini_gqa", "mini_mmlu_pro")  # one with pictures, one without
@@ -156,6 +156,12 @@ def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(place / "base"), *data, *options]) == 0
     assert "mini_gqa" in capsys.readouterr().out
     assert len(read_records(record_path(tmp_path / "eval", "mini_gqa", "direct"))) == 2
+    paper = ["--contract", "paper", "--min-pixels", "3136", "--scorer", "paper_single_label"]
+    assert main([str(place / "base"), data[0], "--out", str(tmp_path / "paper"), *options[2:], *paper]) == 0
+    (terms,) = read_contracts(tmp_path / "paper").values()
+    assert terms["limits"] == {"max_new_tokens": 2, "max_prompt_tokens": 6144}
+    assert (terms["vision"]["min_pixels"], terms["vision"]["max_pixels"]) == (3136, 4194304)
+    assert (terms["decoding"]["temperature"], terms["scorer"]["preset"]) == (0.5, "paper_single_label")
     assert main([str(place / "base"), data[0], data[0], *options]) == 2
     assert "Fix: name files of one split" in capsys.readouterr().err
     assert main([str(place / "nowhere"), data[0], "--out", str(tmp_path / "other")]) == 2

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cpt_rft.config.contracts import Decoding
+from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.errors import CheckpointError
 from eval.contract import differences, evaluation_contract, fingerprint
 from eval.records import (
@@ -20,6 +22,7 @@ from eval.records import (
     write_records,
 )
 from tests.helpers.synthetic_run import write_checkpoint_files
+from tests.helpers.tree import ROOT
 
 RECORD = Record(
     id="mini_gqa/test/00000",
@@ -35,13 +38,15 @@ RECORD = Record(
     format=1.0,
     status="answered",
     answer="star",
+    references=("star", "a star"),
+    kind="short_text",
     contract="c" * 64,
 )
-SETTINGS = {"prompt_preset": "miniature", "max_new_tokens": 32, "dtype": "float32"}
 
 
-def contract_of(checkpoint: Path, **changes: object) -> dict:
-    return evaluation_contract(checkpoint, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+def contract_of(checkpoint: Path, *, prompts: str = "miniature", decoding: Decoding | None = None, **changes) -> dict:
+    config = EvaluationConfig.model_validate({"max_new_tokens": 32, **changes})
+    return evaluation_contract(checkpoint, config, prompts, decoding)
 
 
 def test_round_trip_and_one_line_a_record(tmp_path: Path) -> None:
@@ -69,8 +74,22 @@ def test_a_writer_that_dies_leaves_no_file(tmp_path: Path) -> None:
     [
         (lambda text: "", "empty or cut short"),
         (lambda text: text[:-1], "empty or cut short"),
-        (lambda text: text[: len(text) // 2] + "\n", "line 2 is no record"),
+        (lambda text: text[: len(text) // 2] + "\n", r"a\.jsonl, line 2 is no record of version 2 .* Fix: delete"),
         (lambda text: text.replace('"strict"', '"strickt"'), "line 1 is no record .*no strict"),
+        (lambda text: text.replace('"sample"', '"note": 1, "sample"'), "line 1 is no record .*unknown key note"),
+        (
+            lambda text: text.replace('"version": 2, ', ""),
+            "line 1 is of record version 1; this program reads version 2",
+        ),
+        (
+            lambda text: text.replace('"version": 2', '"version": 3', 1),
+            "line 1 is of record version 3; .* Fix: evaluate",
+        ),
+        (lambda text: text.replace('"answered"', '"pending"'), "line 1 is no record .*status is 'pending'"),
+        (lambda text: text.replace('"tokens": 9', '"tokens": "9"'), "line 1 is no record .*tokens is '9'"),
+        (lambda text: text.replace('"strict": 1.0', '"strict": 100.0'), "a score is not within 0 and 1"),
+        (lambda text: text.replace('"strict": 1.0', '"strict": NaN'), "a score is not within 0 and 1"),
+        (lambda text: text.replace('["star", "a star"]', '"star"'), "references is 'star'"),
         (lambda text: text.replace("/1", "/0"), "holds a row twice"),
         (lambda text: "[]\n", "line 1 is no record"),
         (lambda text: text.replace("c" * 64, "d" * 64, 1), "Two evaluation contracts"),
@@ -95,28 +114,95 @@ def test_accuracy_counts_what_is_no_answer() -> None:
             RECORD,
             dataclasses.replace(RECORD, strict=0.0, status="truncated"),
             dataclasses.replace(RECORD, strict=0.0, lenient=0.0, status="no_answer"),
-            dataclasses.replace(RECORD, strict=0.0, lenient=0.0),
+            dataclasses.replace(RECORD, strict=0.0, lenient=0.0, status="undecodable"),
         ]
     )
-    assert found == {"rows": 4, "strict": 25.0, "lenient": 50.0, "truncated": 1, "no_answer": 1}
+    assert found == {"rows": 4, "strict": 25.0, "lenient": 50.0, "truncated": 1, "no_answer": 1, "undecodable": 1}
+
+
+def test_a_response_that_is_no_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    record = dataclasses.replace(RECORD, response="a\udcffb\ufffd\x00", status="undecodable")
+    write_records(tmp_path / "a.jsonl", [record])
+    assert read_records(tmp_path / "a.jsonl") == [record]
+
+
+def test_separators_of_lines_within_a_response_part_no_records(tmp_path: Path) -> None:
+    """Python's ``splitlines`` cuts at more than newlines."""
+    record = dataclasses.replace(RECORD, response="a\u2028b\x85c\x0bd\x1ce\u2029f\rg\nh")
+    write_records(tmp_path / "a.jsonl", [record])
+    assert read_records(tmp_path / "a.jsonl") == [record]
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "difference"),
     [
-        {"prompt_preset": "paper_rft"},
-        {"max_new_tokens": 33},
-        {"dtype": "bfloat16"},
-        {"temperature": 1.0},
-        {"samples": 8},
+        ({"prompts": "paper_rft"}, "prompts.preset: miniature against paper_rft"),
+        ({"max_new_tokens": 33}, "limits.max_new_tokens: 32 against 33"),
+        ({"max_prompt_tokens": 99}, "limits.max_prompt_tokens: absent against 99"),
+        ({"min_pixels": 784}, "vision.min_pixels: 3136 against 784"),
+        ({"max_pixels": 9408}, "vision.max_pixels: 12544 against 9408"),
+        ({"dtype": "bfloat16"}, "dtype: float32 against bfloat16"),
+        ({"scorer": "paper_single_label"}, "scorer.preset: official against paper_single_label"),
+        ({"decoding": Decoding(temperature=1.0)}, "decoding.temperature: 0.0 against 1.0"),
+        ({"decoding": Decoding(samples=8)}, "decoding.samples: 1 against 8"),
+        ({"decoding": Decoding(top_p=0.9)}, "decoding.top_p: 1.0 against 0.9"),
+        ({"decoding": Decoding(forced=True)}, "decoding.teacher_forced: absent against True"),
     ],
 )
-def test_every_setting_is_in_the_fingerprint(tmp_path: Path, change: dict) -> None:
+def test_every_setting_is_in_the_fingerprint(tmp_path: Path, change: dict, difference: str) -> None:
     checkpoint = write_checkpoint_files(tmp_path / "a")
     one, other = contract_of(checkpoint), contract_of(checkpoint, **change)
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(one) == fingerprint(contract_of(checkpoint))
-    assert any(str(next(iter(change.values()))) in line for line in differences(one, other))
+    assert difference in differences(one, other)
+
+
+def test_the_paper_contract_is_that_of_the_released_script(tmp_path: Path) -> None:
+    """RFTvsSFT@7d4f50e EasyR1/examples/test.yaml; what is stated in the experiment goes before what it fills in."""
+    checkpoint = write_checkpoint_files(tmp_path / "a")
+    config = EvaluationConfig.model_validate({"contract": "paper"})
+    found = evaluation_contract(checkpoint, config, "paper_rft")
+    assert found["limits"] == {"max_new_tokens": 1024, "max_prompt_tokens": 6144}
+    assert (found["vision"]["min_pixels"], found["vision"]["max_pixels"]) == (262144, 4194304)
+    sampling = {"temperature": 0.5, "top_p": 0.99, "samples": 1}
+    assert found["decoding"] == {**sampling, "vision_tokens": "suppressed"}
+    stated = EvaluationConfig.model_validate(
+        {"contract": "paper", "max_new_tokens": 24, "min_pixels": None, "max_pixels": None, "max_prompt_tokens": None}
+    )
+    found = evaluation_contract(checkpoint, stated, "miniature")
+    assert found["limits"] == {"max_new_tokens": 24}
+    assert (found["vision"]["min_pixels"], found["vision"]["max_pixels"]) == (3136, 12544)
+
+
+def test_the_default_contract_means_what_it_meant() -> None:
+    """Runs of before can stand beside runs of today: not a key more, not a key less."""
+    contract = evaluation_contract(ROOT / "cpt_rft/miniature/base", EvaluationConfig(max_new_tokens=24), "miniature")
+    contract["chat_template"] = contract["scorer"] = None
+    assert contract == {
+        "vision": {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "max_pixels": 12845056,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "patch_size": 14,
+            "processor": "Qwen2VLImageProcessor",
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "temporal_patch_size": 2,
+        },
+        "chat_template": None,
+        "prompts": {"preset": "miniature", "cot": " Think, then box.", "direct": " Answer now."},
+        "decoding": {"temperature": 0.0, "samples": 1, "top_p": 1.0, "vision_tokens": "suppressed"},
+        "limits": {"max_new_tokens": 24},
+        "dtype": "float32",
+        "extraction": {"cot": "last balanced box", "direct": "whole stripped response"},
+        "scorer": None,
+    }
 
 
 def test_pixels_and_template_are_in_the_fingerprint(tmp_path: Path) -> None:
@@ -169,7 +255,7 @@ def test_mixed_fingerprints_name_both_and_the_difference(tmp_path: Path) -> None
 
 def test_contracts_are_kept_and_checked(tmp_path: Path) -> None:
     checkpoint = write_checkpoint_files(tmp_path / "a")
-    names = {write_contract(tmp_path, contract_of(checkpoint, samples=n)) for n in (1, 8, 8)}
+    names = {write_contract(tmp_path, contract_of(checkpoint, decoding=Decoding(samples=n))) for n in (1, 8, 8)}
     assert set(read_contracts(tmp_path)) == names
     path = tmp_path / "contracts.json"
     path.write_text(path.read_text().replace('"max_new_tokens": 32', '"max_new_tokens": 64'))

@@ -15,7 +15,7 @@ from eval import metrics
 from eval.records import RecordError, read_records, record_path, write_contract, write_records
 from eval.results import build_results, without_times, write_results
 from eval.runs import IncompleteRunError, Run
-from eval.table import markdown, sheets, terminal
+from eval.table import apart_sheet, markdown, sheets, terminal
 from eval.words import verdict
 from tests.helpers.synthetic_run import GENERAL, write_run
 
@@ -78,8 +78,9 @@ def test_every_cell_is_the_mean_of_its_records(run: Path, results: dict[str, Any
                         )
                         assert block["matrix"][i][j] == pytest.approx(strict, abs=1e-5)
                         assert block["lenient"]["matrix"][i][j] == pytest.approx(lenient, abs=1e-5)
-                        cut = 100 * sum(record.status == "truncated" for record in records) / len(records)
-                        assert block["truncated"][i][j] == pytest.approx(cut, abs=1e-5)
+                        for status in ("truncated", "no_answer", "undecodable"):
+                            share = 100 * sum(record.status == status for record in records) / len(records)
+                            assert block[status][i][j] == pytest.approx(share, abs=1e-5)
 
 
 def test_metrics_are_those_of_the_matrix(results: dict[str, Any]) -> None:
@@ -192,6 +193,20 @@ def test_records_of_another_contract_are_refused(copied: Path) -> None:
     rewrite(record_path(where, "mini_gqa", "direct"), lambda raw: {**raw, "contract": name})
     with pytest.raises(RecordError, match=r"Two evaluation contracts.*limits\.max_new_tokens: 16 against 99"):
         build_results(copied)
+
+
+def test_responses_that_are_no_text_are_counted_apart(copied: Path) -> None:
+    """Six of 24 rows of one task of three, in one of two seeds."""
+    path = record_path(copied / "sft" / "order0" / "seed1" / f"3_{TASKS[2]}" / "eval", "mini_gqa", "cot")
+    rewrite(path, lambda raw: {**raw, "status": "undecodable"} if int(raw["id"][-5:]) < 6 else raw)
+    results = build_results(copied)
+    block = results["methods"]["sft"]["seeds"]["1"]["by_style"]["cot"]
+    assert block["undecodable"] == [[0, 0, 0]] * 3 + [[0, 25, 0]]
+    table = apart_sheet(results)
+    assert table.heads == ("method", "prompt style", "truncated", "no answer", "undecodable")
+    shares = {row[:2]: row[-1] for row in table.rows}
+    assert shares["sft", "cot"] == "4.2" and shares["sft", "direct"] == shares["grpo", "cot"] == "0.0"
+    assert table.title in markdown(results)
 
 
 def test_records_of_other_rows_are_refused(copied: Path) -> None:

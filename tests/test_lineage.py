@@ -57,6 +57,16 @@ def test_a_stage_whose_parent_has_other_weights_is_refused(own):
     assert "2_mini_superclevr was trained from other weights than its parent has now" in problem_of(own)
 
 
+@pytest.mark.parametrize("change", ["cpt_rft.sequence.lineage.VERSION", "eval.contract.SCORER_VERSION"])
+def test_records_of_another_schema_or_scorer_are_scored_again(done, monkeypatch, change):
+    """A newer program finds the stages done and their scores missing."""
+    run = read_run(done.directory)
+    chain = Selection(methods=("sft",)).chains(run.experiment, run.directory)[0]
+    assert [state.word for state in survey(run, chain)] == ["done", "done"]
+    monkeypatch.setattr(change, 99)
+    assert [state.word for state in survey(run, chain)] == ["trained", "trained"]
+
+
 def test_verification_reads_what_a_look_does_not(own):
     weights = own.directory / "sft/order0/seed0/2_mini_superclevr/checkpoint/model.safetensors"
     flip_last_byte(weights)

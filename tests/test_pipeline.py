@@ -187,6 +187,14 @@ def test_published_counts_are_compared_and_shown(tmp_path: Path, rows: list[Exam
     ]
 
 
+def test_a_card_that_states_another_number_is_told(tmp_path: Path, rows: list[Example]) -> None:
+    rows = rows[:3]
+    task = ListedTask({"train": rows, "test": [row(90, "test")]}, {"train": 3, "test": 1}, card={"train": 5, "test": 1})
+    assert list(ledger_notes(read_ledger(prepare(task, tmp_path)))) == [
+        "MISMATCH: listed: the files of 'train' hold 3 rows, the card of the repository says 5."
+    ]
+
+
 def test_a_split_without_rows_is_told(tmp_path: Path) -> None:
     ledger = read_ledger(prepare(ListedTask({"train": [], "test": [row(1, "test")]}), tmp_path))
     assert list(ledger_notes(ledger)) == ["EMPTY: listed/train has no rows."]

@@ -1,75 +1,67 @@
-"""Group-relative policy optimisation: advantages within a group, clipped ratios, a penalty towards a reference."""
+"""Group-relative policy optimisation: advantages within a group of completions of one prompt."""
 
-import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cpt_rft.algos.rewards import check_groups
+
 STD_EPSILON = 1e-6
-MAX_LOG_RATIO = 20.0
-MAX_KL = 10.0
+Scale = Literal["group", "batch", "none"]
 
 
-def group_advantages(rewards_PG: Tensor) -> Tensor:
-    """Advantages (P, G): rewards centred and scaled within each group.
+def group_advantages(rewards_PG: Tensor, *, scale: Scale = "group", epsilon: float = STD_EPSILON) -> Tensor:
+    """Advantages (P, G): rewards centred within each group, and scaled.
 
     Source: EasyR1@b44b311 verl/trainer/core_algos.py compute_grpo_outcome_advantage: (r - mean) / (std + 1e-6),
-    unbiased std. Differs from: computed in float64, and a group of equal rewards has advantage zero exactly, where
-    the source divides the rounding error of the mean by 1e-6.
+    unbiased std; TRL@v1.16.0 trl/trainer/grpo_trainer.py (scale_rewards, epsilon 1e-4). Differs from: computed in
+    float64, and a group of equal rewards has advantage zero exactly, where the source divides the rounding error of
+    the mean by 1e-6.
+
+    Args:
+        rewards_PG: All rewards of the step.
+        scale: Divide by the standard deviation of the group, of the whole batch, or not at all (Dr. GRPO).
+        epsilon: Added to the standard deviation.
 
     Raises:
-        ValueError: Groups have fewer than two completions, so that no completion can be better than its group.
+        ConfigError: Groups have fewer than two completions.
+        TrainingError: A reward is infinite or not a number.
     """
-    if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
-        raise ValueError(f"groups of at least 2 completions are needed, not shape {tuple(rewards_PG.shape)}")
+    check_groups(rewards_PG)
     rewards = rewards_PG.double()
-    std = rewards.std(dim=1, keepdim=True, unbiased=True)
-    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / (std + STD_EPSILON)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=True) + epsilon)
+    elif scale == "batch":
+        advantages = advantages / (rewards.std(unbiased=True) + epsilon)
     advantages = torch.where(zero_variance(rewards_PG)[:, None], torch.zeros_like(advantages), advantages)
     return advantages.to(rewards_PG.dtype)
 
 
+def paper_group_advantages(rewards_PG: Tensor) -> tuple[Tensor, int]:
+    """Advantages (P, G) in float32 with the source's rounding, and how many all-equal groups are not zero by it.
+
+    For eight rewards of 0.9 the float32 mean is not 0.9, the standard deviation is nearly zero, and the quotient can
+    reach 0.06: the papers' runs pushed every completion of such a group the same way.
+
+    Source: EasyR1@b44b311 verl/trainer/core_algos.py compute_grpo_outcome_advantage, as it stands.
+
+    Raises:
+        ConfigError: Groups have fewer than two completions.
+        TrainingError: A reward is infinite or not a number.
+    """
+    check_groups(rewards_PG)
+    rewards = rewards_PG.float()
+    # One group at a time, as the source: a reduction over a dimension may add in another order.
+    advantages = torch.stack([(row - row.mean()) / (row.std() + STD_EPSILON) for row in rewards])
+    noisy_P = zero_variance(rewards) & (advantages != 0).any(dim=1)
+    return advantages, int(noisy_P.sum())
+
+
 def zero_variance(rewards_PG: Tensor) -> Tensor:
-    """Groups (P,) whose rewards are all equal: they carry no policy gradient."""
+    """Groups (P,) whose rewards are all equal: they carry no policy gradient.
+
+    Source: paper 1 (arXiv 2507.05386): a prompt whose rollouts all get the same reward makes no update.
+    """
     return (rewards_PG == rewards_PG[:, :1]).all(dim=1)
-
-
-def k3_divergence(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) a token: ``r - log r - 1`` with ``r`` = reference / policy; never negative.
-
-    Source: Schulman, "Approximating KL divergence" (k3); EasyR1@b44b311 verl/trainer/core_algos.py compute_kl
-    (low_var_kl), with its limits of 20 on the log-ratio and 10 on the value, beyond which the gradient is zero.
-    """
-    log_ratio_T = (reference_T - logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return (log_ratio_T.expm1() - log_ratio_T).clamp(-MAX_KL, MAX_KL)
-
-
-def clipped_policy_loss(
-    logprobs_T: Tensor,
-    old_T: Tensor,
-    advantages_T: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.3,
-    dual_clip: float | None = 3.0,
-) -> Tensor:
-    """Policy loss a token, the same shape as ``logprobs_T``.
-
-    Source: EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss (default): ratio clipped to
-    [1 - low, 1 + high], and for negative advantages at most ``dual_clip`` times the advantage
-    (arXiv 1912.09729). The ratio itself is limited to ``exp(+-20)``.
-
-    Args:
-        logprobs_T: Log-probabilities under the policy being trained.
-        old_T: Log-probabilities under the policy that wrote the tokens; no gradient flows into them.
-        advantages_T: Advantage of each token.
-        clip_low: How far the ratio may fall below 1.
-        clip_high: How far the ratio may rise above 1.
-        dual_clip: Bound on the ratio where the advantage is negative; none switches it off.
-    """
-    log_ratio_T = (logprobs_T - old_T.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    clipped_ratio_T = log_ratio_T.clamp(math.log(1.0 - clip_low), math.log(1.0 + clip_high)).exp()
-    loss_T = torch.maximum(-advantages_T * log_ratio_T.exp(), -advantages_T * clipped_ratio_T)
-    if dual_clip is None:
-        return loss_T
-    return torch.where(advantages_T < 0, torch.minimum(loss_T, -advantages_T * dual_clip), loss_T)

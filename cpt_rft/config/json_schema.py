@@ -37,6 +37,7 @@ def documents() -> dict[str, dict[str, Any]]:
     names = {"type": "string", "enum": [name for names in TASK_NAMES.values() for name in names]}
     experiment["properties"]["tasks"]["items"] = names
     experiment["properties"]["orders"]["items"]["items"] = names
+    del experiment["$defs"]["EvaluationConfig"]["required"]  # the contract may fill it in
     for unused in ("SftMethod", "GrpoMethod", "EngineConfig"):
         experiment["$defs"].pop(unused, None)
     method = TypeAdapter(MethodConfig).json_schema()

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from cpt_rft.config.contracts import CONTRACTS, ContractName, Scorer
 from cpt_rft.config.nearest import nearest
 from cpt_rft.miniature.tasks import GENERAL, TASKS
 from cpt_rft.prompts import PRESETS, Style
@@ -185,15 +186,34 @@ class EvaluationConfig(_Strict):
     batch_size: PositiveInt = 50
     """Rows generated and committed together. It can change the last bits, so it belongs to the run."""
     max_new_tokens: PositiveInt
-    """Longest answer in tokens."""
+    """Longest answer in tokens; the `paper` contract fills in 1024."""
+    max_prompt_tokens: PositiveInt | None = None
+    """A row with a longer prompt, picture tokens included, is refused; null for no limit, `paper` fills in 6144."""
+    min_pixels: PositiveInt | None = None
+    """Least area of a picture as the model sees it; null for the checkpoint's own, `paper` fills in 262144."""
+    max_pixels: PositiveInt | None = None
+    """Largest area of a picture as the model sees it; null for the checkpoint's own, `paper` fills in 4194304."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model that answers; part of the contract, so that machines agree."""
     general: tuple[str, ...] = ()
     """Held-out abilities, scored but never trained on."""
-    contract: Literal["greedy"] = "greedy"
-    """Decoding: the most likely token each time."""
+    contract: ContractName = "greedy"
+    """Decoding: `greedy`, the likeliest token each time; `paper`, one sample at temperature 0.5 with the limits of the
+    released scripts; `teacher_forced`, the released SFT metric, which shows the model the label (audits only)."""
+    scorer: Scorer = "official"
+    """What counts as right: `official`, or `paper_single_label` (the released reward)."""
     base_samples: Annotated[int, Field(ge=0)] = 8
     """Samples a row at temperature 1 for the base model's row; 0 for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _contract_fills_in(cls, stated: Any) -> Any:
+        if not isinstance(stated, Mapping):
+            return stated
+        name = stated.get("contract")
+        fills = CONTRACTS[name].fills if isinstance(name, str) and name in CONTRACTS else {}
+        # What a validator has touched is no JSON any more, in which a list may stand for a tuple.
+        return {**fills, **{key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()}}
 
     @field_validator("styles", "general")
     @classmethod
@@ -236,6 +256,15 @@ class Experiment(_Strict):
     @classmethod
     def _no_repeats(cls, value: tuple[T, ...]) -> tuple[T, ...]:
         return _check_unique(value)
+
+    @model_validator(mode="after")
+    def _methods_write_their_answers(self) -> Self:
+        if CONTRACTS[self.evaluation.contract].decoding.forced:
+            raise KeyedError(
+                ("evaluation", "contract"),
+                "under teacher_forced the model is shown the label, so no methods may be compared; see 'cpt-rft audit'",
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -17,8 +17,9 @@ from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import IMAGE_TAG, Example, Split
 from cpt_rft.data.picture import PictureError, canonical, encode_png, load_picture, needs_no_change
 from cpt_rft.data.reasons import Reason
-from cpt_rft.data.tokens import PromptCounter, image_tokens
+from cpt_rft.data.tokens import PromptCounter
 from cpt_rft.prompts import PRESETS, STYLES, user_text_of
+from cpt_rft.vision import VisionSpec
 
 CHECKS_FILE = REPOSITORY / "configs" / "data.yaml"
 # What engines replace by a picture, a film, a sound or the end of a turn wherever it stands.
@@ -97,6 +98,7 @@ class RowChecker:
     def __init__(self, checks: Checks, counter: PromptCounter | None = None) -> None:
         self.checks = checks
         self.counter = counter
+        self.vision = VisionSpec(checks.min_pixels, checks.max_pixels)
         self._facts: dict[str, PictureFacts | PictureError] = {}
         self._stored_anew: OrderedDict[str, bytes] = OrderedDict()
 
@@ -116,8 +118,7 @@ class RowChecker:
             return Drop(row.id, row.split, error.reason, error.problem)
 
     def _measured(self, row: Example, facts: tuple[PictureFacts, ...]) -> CheckedRow | Drop:
-        limits = (self.checks.min_pixels, self.checks.max_pixels)
-        counts = [image_tokens(fact.height, fact.width, *limits) for fact in facts]
+        counts = [self.vision.image_tokens(fact.height, fact.width) for fact in facts]
         texts = prompts_of(row)
         if self.counter is not None:
             tokens = max(self.counter(text, counts) for text in texts)

@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 from cpt_rft.errors import DataError
 
 Split = Literal["train", "dev", "test"]
-Kind = Literal["choice", "short_text", "number", "latex", "yes_no", "sequence"]
+Kind = Literal[
+    "choice", "short_text", "number", "latex", "yes_no", "sequence", "vqa", "mmmu_choice", "mmmu_open", "mmlu_pro"
+]  # fmt: skip
 IMAGE_TAG = "<image>"
 
 

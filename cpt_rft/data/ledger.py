@@ -125,6 +125,10 @@ def ledger_notes(ledger: Json) -> Iterator[str]:
                 f"{name}/{split}: {entry['unproved']} prompts may be longer than"
                 f" {ledger['checks']['max_prompt_tokens']} tokens; name a checkpoint with --model to count their text."
             )
+    for part, stated in ledger["source"]["card_rows"].items():
+        counted = ledger["source"]["rows"].get(part, stated)
+        if counted != stated:
+            yield f"MISMATCH: {name}: the files of {part!r} hold {counted} rows, the card of the repository says {stated}."
     for pair, rows in ledger["shared_pictures"].items():
         if rows:
             other, unseen = pair.split("/")

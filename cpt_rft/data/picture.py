@@ -16,10 +16,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cpt_rft.data.reasons import Reason
 from cpt_rft.errors import DataError
+from cpt_rft.vision import MAX_RATIO
 
 Picture = bytes | Image.Image  # encoded (PNG, JPEG, ...) or decoded
 MIN_SIDE = 28  # one merged vision token of Qwen2-VL and its successors
-MAX_ASPECT = 200  # the image processor of Qwen2-VL refuses more
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte once decoded
 # Formats that need neither another program nor another file to decode.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -32,7 +32,7 @@ _BROKEN = (
 _ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-fA-F]+>")
 _FIXES = {
     Reason.PICTURE_TOO_SMALL: f"use pictures of at least {MIN_SIDE} pixels a side",
-    Reason.PICTURE_TOO_THIN: f"crop it to a ratio below {MAX_ASPECT}",
+    Reason.PICTURE_TOO_THIN: f"crop it to a ratio of at most {MAX_RATIO}",
 }
 
 
@@ -139,7 +139,7 @@ def _check_size(picture: Image.Image, where: str) -> None:
         raise PictureError(Reason.PICTURE_BOMB, shown)
     if min(width, height) < MIN_SIDE:
         raise PictureError(Reason.PICTURE_TOO_SMALL, shown)
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(width, height) > MAX_RATIO * min(width, height):
         raise PictureError(Reason.PICTURE_TOO_THIN, shown)
 
 

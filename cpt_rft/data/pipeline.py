@@ -253,5 +253,6 @@ def _clear(out: Path, name: str, keep: Path | None = None) -> None:
 def _code_sha256() -> str:
     """A hash of the code that turns raw rows into parts."""
     package = Path(__file__).resolve().parents[1]
-    paths = sorted([*(package / "tasks").glob("*.py"), *(package / "data").glob("*.py")])
-    return sha256_json({path.name: sha256_file(path) for path in paths})
+    paths = [*(package / "tasks").glob("*.py"), *(package / "data").glob("*.py")]
+    paths += [package / "prompts.py", package / "vision.py"]
+    return sha256_json({path.relative_to(package).as_posix(): sha256_file(path) for path in paths})

@@ -47,11 +47,12 @@ def prepare(
     general: Sequence[str],
     directory: Path,
     progress: Callable[[str], None] = lambda name: None,
+    splits: Sequence[Split] = get_args(Split),
 ) -> PreparedData:
     """Write what is missing, check what is there, and lock the content.
 
-    Tasks get three splits; general abilities are never trained on. Rows are drawn, or chosen from those that
-    ``cpt-rft data prepare`` left in a directory.
+    Tasks get three splits, if not fewer are asked for; general abilities are never trained on. Rows are drawn, or
+    chosen from those that ``cpt-rft data prepare`` left in a directory.
 
     Raises:
         DataError: A file that the lock lists was changed or does not read, the configuration asks for other data
@@ -68,7 +69,7 @@ def prepare(
         )
     sources = hub_sources(config, tasks, general)
     check_sources(lock, config, tasks, general)
-    wanted = wanted_splits(config, tasks, general)
+    wanted = wanted_splits(config, tasks, general, splits)
     for key in wanted:
         if key in lock["splits"]:
             continue
@@ -84,20 +85,22 @@ def prepare(
     if sources:
         lock["sources"] = sources
     write_text_atomic(lock_path, json.dumps(lock, indent=2, sort_keys=True) + "\n")
-    splits = {key: lock["splits"][key] for key in wanted}
+    entries = {key: lock["splits"][key] for key in wanted}
     return PreparedData(
         directory,
-        hashes={key: entry["sha256"] for key, entry in splits.items()},
-        rows={key: entry["rows"] for key, entry in splits.items()},
+        hashes={key: entry["sha256"] for key, entry in entries.items()},
+        rows={key: entry["rows"] for key, entry in entries.items()},
     )
 
 
-def wanted_splits(config: DataConfig, tasks: Sequence[str], general: Sequence[str]) -> list[str]:
-    """``<task>/<split>`` of everything that an experiment reads; general abilities of the hub have only test."""
+def wanted_splits(
+    config: DataConfig, tasks: Sequence[str], general: Sequence[str], splits: Sequence[Split] = get_args(Split)
+) -> list[str]:
+    """``<task>/<split>`` of everything that is read of some splits; general abilities of the hub have only test."""
     tested = ("test",) if config.source == "hub" else ("dev", "test")
     return [
-        *(f"{task}/{split}" for task in tasks for split in get_args(Split)),
-        *(f"{task}/{split}" for task in general for split in tested),
+        *(f"{task}/{split}" for task in tasks for split in splits),
+        *(f"{task}/{split}" for task in general for split in splits if split in tested),
     ]
 
 

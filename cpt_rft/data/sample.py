@@ -11,6 +11,7 @@ from cpt_rft.data.parquet import stream_split
 from cpt_rft.data.picture import decode_picture
 from cpt_rft.errors import DataError
 from cpt_rft.seeds import python_random
+from cpt_rft.vision import VisionSpec
 
 _PAD = "<|image_pad|>"
 
@@ -28,12 +29,11 @@ def ask_processor(directory: Path, ledger: Json, model: Path) -> Json:
     """
     from transformers import AutoTokenizer
 
-    from cpt_rft.pictures import load_image_processor
+    from cpt_rft.pictures import image_processor
 
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    processor = load_image_processor(model)
     checks = ledger["checks"]
-    processor.size = {"shortest_edge": checks["min_pixels"], "longest_edge": checks["max_pixels"]}
+    processor = image_processor(VisionSpec.read(model).with_limits(checks["min_pixels"], checks["max_pixels"]))
     counted = {row["id"]: row["tokens"] for row in read_index(directory)}
     asked = 0
     for split in ledger["splits"]:

@@ -1,6 +1,5 @@
 """How many tokens a prompt has once its pictures are expanded, without decoding a picture or loading a model."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,28 +12,8 @@ from cpt_rft.files import read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKEN_SIDE = 28  # pixels of one merged vision token: patch 14, merge 2
 _PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 _SENTINEL = "\u0001problem\u0001"
-
-
-def image_tokens(height: int, width: int, min_pixels: int, max_pixels: int) -> int:
-    """Vision tokens of a picture in Qwen2-VL's family, from its size alone.
-
-    Source: transformers image_processing_qwen2_vl.py ``smart_resize``; a token covers 28 x 28 pixels of the resized
-    picture.
-
-    >>> image_tokens(480, 640, 3136, 1003520), image_tokens(3000, 4000, 3136, 1003520), image_tokens(28, 28, 3136, 784)
-    (391, 1230, 4)
-    """
-    rows, columns = (round(side / TOKEN_SIDE) for side in (height, width))
-    if rows * columns * TOKEN_SIDE**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / TOKEN_SIDE)) for side in (height, width))
-    elif rows * columns * TOKEN_SIDE**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / TOKEN_SIDE) for side in (height, width))
-    return rows * columns
 
 
 class PromptCounter:

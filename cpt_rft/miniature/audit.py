@@ -154,8 +154,11 @@ def audit(experiment: Experiment, checkpoint: Path, work: Path) -> tuple[list[Ce
 
 def show(tasks: Sequence[Cell], general: Sequence[Cell], joint: Sequence[Cell]) -> Table:
     """The audit as a table."""
-    table = Table(title="Base model, 8 samples a dev row at temperature 1, percent")
-    for column in ("task", "style", "strict", "any form", "1 to 7 of 8 right", "multitask gain, any form"):
+    table = Table(
+        title="Base model, 8 samples a dev row at temperature 1, percent",
+        caption="mixed: prompts with 1 to 7 of 8 samples right; gain: any form, by multitask training",
+    )
+    for column in ("task", "style", "strict", "any form", "mixed", "gain"):
         table.add_column(column, justify="left" if column in ("task", "style") else "right")
     gained = {(cell.task, cell.style): gain for cell, gain in zip(joint, gains(tasks, joint).values(), strict=True)}
     for cell in (*tasks, *general):

@@ -24,11 +24,13 @@ _SHELLS = (
 def balanced_boxes(text: str) -> list[str]:
     r"""Contents of every ``\boxed{...}`` with balanced braces, in order; of nested boxes only the inner one.
 
-    Source: mathruler 0.1.0 ``extract_boxed_content`` (its result is the last entry here).
+    Where every box is closed, the last entry is what `last_box` gives.
 
     >>> balanced_boxes(r"\boxed{1}, so \boxed{\frac{1}{2}}, not \boxed{3")
     ['1', '\\frac{1}{2}']
     """
+    if "\\boxed{" not in text:
+        return []
     contents: list[tuple[int, str]] = []
     open_braces: list[int | None] = []
     for brace in _BRACES.finditer(text):
@@ -40,6 +42,26 @@ def balanced_boxes(text: str) -> list[str]:
             if start is not None and not holds_a_box:
                 contents.append((start, text[start : brace.start()]))
     return [content for _, content in contents]
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last box, if that box is closed.
+
+    Source: mathruler 0.1.0 grader.py ``extract_boxed_content``.
+    Differs from: none, where the source gives the text ``None``, which a label may be.
+
+    >>> last_box(r"\boxed{1}, \boxed{ {2} }"), last_box(r"\boxed{1}, \boxed{2")
+    ('{2}', None)
+    """
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for brace in _BRACES.finditer(text, start):
+        depth += -1 if brace.group() == "}" else 1
+        if depth == 0:
+            return text[start + len("\\boxed{") : brace.start()].strip()
+    return None
 
 
 def after_thought(response: str) -> str:
@@ -77,6 +99,21 @@ def final_answer(response: str) -> str | None:
     return (answers.pop() or None) if len(answers) == 1 else None
 
 
+def without_wrappers(response: str) -> str:
+    r"""The text that a parser of free answers reads: boxed or tagged content alone, else all after the thought.
+
+    Boxes, or answer tags, that contradict each other leave nothing.
+
+    >>> without_wrappers(r"<think>A?</think> It is **B**."), without_wrappers(r"so \boxed{ C. }"), without_wrappers("")
+    ('It is B.', 'C', '')
+    """
+    text = after_thought(response)
+    contents = {unwrap(content) for content in answer_boxes(response) or tagged(text, "answer")}
+    if contents:
+        return contents.pop() if len(contents) == 1 else ""
+    return text.replace("**", "").strip()
+
+
 def unwrap(text: str) -> str:
     r"""Remove wrappers and closing full stops, nested up to `_MAX_SHELLS` deep.
 
@@ -102,7 +139,7 @@ def follows_cot_format(response: str) -> bool:
     Source: RFTvsSFT@7d4f50e EasyR1/examples/reward_function/math.py ``format_reward``: white space around
     ``<``, ``>`` and ``/`` is ignored. Written with ``find``, because the regular expression backtracks.
     """
-    text = _without_space_around_brackets(response)
+    text = without_space_around_brackets(response)
     thought_end = text.find(THINK_CLOSE, len(THINK_OPEN)) if text.startswith(THINK_OPEN) else -1
     box = text.find("\\boxed{", thought_end + len(THINK_CLOSE)) if thought_end >= 0 else -1
     return box >= 0 and text.find("}", box) >= 0
@@ -114,7 +151,8 @@ def follows_direct_format(response: str) -> bool:
     return bool(text) and len(text.splitlines()) == 1 and "\\boxed" not in text and not _TAG.search(text)
 
 
-def _without_space_around_brackets(text: str) -> str:
+def without_space_around_brackets(text: str) -> str:
+    """The text as the released reward reads it: no white space around ``<``, ``>`` and ``/``."""
     first, *rest = _BRACKETS.split(text)
     if not rest:
         return text

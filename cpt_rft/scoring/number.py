@@ -1,4 +1,7 @@
-"""Numbers: equal in value; words such as ``three`` only where the references list them."""
+"""Numbers: equal in value; words such as ``three`` only where the references list them.
+
+Source: none official; counts and sums of the miniature. Real mathematics is ``latex``.
+"""
 
 import re
 from collections.abc import Sequence
@@ -19,8 +22,12 @@ def parse(text: str) -> Decimal | None:
 
 
 def matches(candidate: str, references: Sequence[str]) -> bool:
-    """Whether the candidate has the value, or the wording, of a reference."""
+    """Whether the candidate has the value of a reference or, where it is no decimal, the wording of one.
+
+    >>> [matches(text, ["3", "three"]) for text in ("3.0", "Three", "-3", "3 4")]
+    [True, True, False, False]
+    """
     value = parse(candidate)
-    if value is not None and any(value == parse(reference.strip()) for reference in references):
-        return True
+    if value is not None:
+        return any(value == parse(reference.strip()) for reference in references)
     return short_text.matches(candidate, references)

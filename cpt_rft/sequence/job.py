@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.engines.base import StepLog
-from cpt_rft.errors import CheckpointError
+from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.manifest import check_checkpoint
 from cpt_rft.sequence.lineage import StageState, first_problem, survey
 from cpt_rft.sequence.plan import Chain, Cost, Selection, chain_label, evaluation_cost, training_cost
@@ -90,11 +90,24 @@ class Meter:
 
 
 def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
-    """Check the base checkpoint; return the engine's configuration with ``auto`` replaced by what is there."""
+    """Check the base checkpoint; return the engine's configuration with ``auto`` replaced by what is there.
+
+    Raises:
+        ConfigError: Pictures would be scored in other sizes than they are trained in.
+        CheckpointError: The base is not whole.
+    """
     from cpt_rft.checkpoint import verify_checkpoint
     from cpt_rft.engines.base import resolve_engine
+    from cpt_rft.vision import VisionSpec, spec_differences
+    from eval.contract import asked_vision
 
     verify_checkpoint(base)
+    trained, scored = VisionSpec.read(base), asked_vision(base, experiment.evaluation)
+    if trained != scored:
+        raise ConfigError(
+            f"Training follows the files of {base}, scoring would not: {'; '.join(spec_differences(trained, scored))}.",
+            "set evaluation.min_pixels and evaluation.max_pixels to the base's, or to null",
+        )
     return dump(resolve_engine(experiment.engine))
 
 

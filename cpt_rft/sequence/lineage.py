@@ -11,6 +11,8 @@ from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
+from eval.contract import scorer_terms
+from eval.records import VERSION
 
 EVALUATION_NAME = "evaluation.json"
 Word = Literal["done", "trained", "in work", "missing", "broken"]
@@ -118,6 +120,8 @@ def evaluation_key(run: Run, weights: str) -> str:
     return sha256_json(
         {
             "weights": weights,
+            "records": VERSION,
+            "scorer": scorer_terms(experiment.evaluation.scorer),
             "evaluation": dump(experiment.evaluation),
             "prompt_preset": experiment.data.prompt_preset,
             "data": {name: run.data.hashes[f"{name}/{split}"] for name in names},

@@ -98,7 +98,6 @@ def evaluate_stage(
         config,
         experiment.data.prompt_preset,
         samples=samples,
-        dtype=config.dtype,
         device=experiment.engine.device,
         progress=progress,
     )

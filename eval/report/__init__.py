@@ -14,7 +14,7 @@ from eval.report.drawn import series
 from eval.report.gather import Flip, curves, flipped
 from eval.results import write_results
 from eval.runs import Run
-from eval.table import Sheet, about, arms_sheet, comparison_sheet, general_sheet
+from eval.table import Sheet, about, apart_sheet, arms_sheet, comparison_sheet, general_sheet
 from eval.words import ARROW, NONE, SCORE_NAMES, number, short, verdict
 
 __all__ = ["REPORT_NAME", "render", "write_report"]
@@ -85,7 +85,12 @@ def _template() -> jinja2.Template:
 
 def _sheets(results: Json) -> list[Sheet]:
     general = [general_sheet(results)] if results["general"] else []
-    return [arms_sheet(results), *(comparison_sheet(entry) for entry in results["comparisons"][:1]), *general]
+    return [
+        arms_sheet(results),
+        *(comparison_sheet(entry) for entry in results["comparisons"][:1]),
+        *general,
+        apart_sheet(results),
+    ]
 
 
 def base_sheet(results: Json) -> Sheet:

@@ -14,13 +14,14 @@ from cpt_rft.tasks.base import Task, TaskConfig
 
 
 class ListedTask(Task):
-    """Rows by split, as they are; ``counts`` claims how many rows the files hold."""
+    """Rows by split, as they are; ``counts`` and ``card`` claim how many rows the files hold."""
 
     def __init__(
         self,
         rows: Mapping[Split, Iterable[Example | Drop]],
         counts: Mapping[str, int] | None = None,
         revision: str = "a" * 40,
+        card: Mapping[str, int] | None = None,
         **config: object,
     ) -> None:
         splits = {split: split for split in rows}
@@ -29,9 +30,10 @@ class ListedTask(Task):
         self.given = rows
         self.counts = counts or {}
         self.revision = revision
+        self.card = card or {}
 
     def source(self, cache: Path) -> Source:
-        return Source("someone/listed", self.revision, None, (), self.counts)
+        return Source("someone/listed", self.revision, None, (), self.counts, self.card)
 
     def rows(self, split: Split, source: Source) -> Iterator[Example | Drop]:
         yield from self.given[split]

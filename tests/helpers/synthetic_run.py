@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from cpt_rft.config.schema import Experiment
+from cpt_rft.config.contracts import Decoding
+from cpt_rft.config.schema import EvaluationConfig, Experiment
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
 from cpt_rft.miniature.world import make_rows
@@ -86,7 +87,9 @@ def _write_run(
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(config.model_dump_json(indent=1))
     checkpoint = write_checkpoint_files(directory / "base" / "checkpoint")
-    writer = _Writer(checkpoint, {name: make_rows(name, "test", rows, seed=0) for name in (*tasks, *GENERAL)})
+    writer = _Writer(
+        checkpoint, config.evaluation, {name: make_rows(name, "test", rows, seed=0) for name in (*tasks, *GENERAL)}
+    )
     for name, examples in writer.data.items():
         (directory / "data" / name).mkdir(parents=True)
         write_split(directory / "data" / name / "test.parquet", examples)
@@ -129,11 +132,12 @@ def _publish(stage: Path, method: str, seed: int, number: int) -> None:
 @dataclass(frozen=True)
 class _Writer:
     checkpoint: Path
+    config: EvaluationConfig
     data: dict[str, list[Example]]
 
     def stage(self, out: Path, arm: Arm, seen: tuple[str, ...], tasks: tuple[str, ...], *, seed: int) -> None:
         """Records of one checkpoint on everything, in both styles."""
-        contract = evaluation_contract(self.checkpoint, prompt_preset="miniature", max_new_tokens=16, dtype="float32")
+        contract = evaluation_contract(self.checkpoint, self.config, "miniature")
         name = write_contract(out, contract)
         for task, examples in self.data.items():
             for style in ("cot", "direct"):
@@ -146,14 +150,8 @@ class _Writer:
 
     def samples(self, out: Path, tasks: tuple[str, ...], count: int) -> None:
         """Sampled records of the base model."""
-        contract = evaluation_contract(
-            self.checkpoint,
-            prompt_preset="miniature",
-            max_new_tokens=16,
-            dtype="float32",
-            temperature=1.0,
-            samples=count,
-        )
+        drawn = Decoding(temperature=1.0, samples=count)
+        contract = evaluation_contract(self.checkpoint, self.config, "miniature", drawn)
         name = write_contract(out, contract)
         for task in tasks:
             for style in ("cot", "direct"):
@@ -210,5 +208,7 @@ class _Writer:
             format=result.format,
             status=result.status,
             answer=row.answer,
+            references=row.references,
+            kind=row.kind,
             contract=contract,
         )

@@ -20,7 +20,7 @@ class Completion(NamedTuple):
     Attributes:
         token_ids: The tokens, with the end token if it came.
         logprobs: Their log-probabilities under the distribution they came from: vision tokens excluded, at the
-            sampling temperature (1 for greedy decoding).
+            sampling temperature (1 for greedy decoding), within the nucleus.
         finish: ``stop`` at an end token, ``length`` at the limit.
     """
 
@@ -37,6 +37,7 @@ def generate(
     group: int = 1,
     max_new_tokens: int,
     temperature: float,
+    top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """Write ``group`` completions for each prompt.
@@ -50,6 +51,7 @@ def generate(
         group: Completions a prompt.
         max_new_tokens: Tokens a completion, the end token among them.
         temperature: 0 takes the likeliest token; above 0 samples.
+        top_p: Sampling is among the likeliest tokens that reach this share together; 1 is among all.
         seeds: One a prompt; needed above temperature 0.
 
     Raises:
@@ -73,7 +75,7 @@ def generate(
         column = contexts.width + step
         bias = state.bias[:, :, : column + 1]
         logits = network.decode(state.tokens, state.positions + step, state.caches, column, bias).float() + banned
-        tokens, chosen = _choose(logits, temperature, None if draws is None else draws[state.alive, step])
+        tokens, chosen = _choose(logits, temperature, top_p, None if draws is None else draws[state.alive, step])
         # Without numbers there is no choice: the completion ends, and the loss on it is not finite either.
         tokens = torch.where(chosen.isnan(), ends[0], tokens)
         written[state.alive, step] = tokens
@@ -152,17 +154,30 @@ class _Decoding:
         )
 
 
-def _choose(logits: Tensor, temperature: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+def _choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor | None) -> tuple[Tensor, Tensor]:
     """The next tokens (A,) and their log-probabilities (A,)."""
     logprobs = (logits / temperature if draws is not None else logits).log_softmax(-1)
     if draws is None:
         tokens = logprobs.argmax(-1)
     else:
+        if top_p < 1.0:
+            logprobs = nucleus(logprobs, top_p)
         cumulative = logprobs.exp().double().cumsum(-1)
         # The first token whose cumulative share exceeds the draw: a token of probability zero is never the first.
         tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)  # only where nothing is a number
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities (A, V) within the smallest set of likeliest tokens whose shares reach ``top_p``; -inf outside.
+
+    Source: Holtzman et al. 2020, section 3.1; as vLLM's top_p, at the sampling temperature.
+    """
+    ordered, places = logprobs.sort(dim=-1, descending=True, stable=True)
+    shares = ordered.double().exp()
+    outside = shares.cumsum(-1) - shares >= top_p  # what stands before a token reaches it already
+    return logprobs.masked_fill(outside.scatter(-1, places, outside), float("-inf")).log_softmax(-1)
 
 
 def _uniform(seeds: Sequence[int], group: int, length: int) -> Tensor:

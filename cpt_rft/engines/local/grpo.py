@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cpt_rft.algos.aggregate import token_mean
-from cpt_rft.algos.grpo import clipped_policy_loss, group_advantages, k3_divergence, zero_variance
+from cpt_rft.algos.grpo import group_advantages, zero_variance
+from cpt_rft.algos.kl import k3_divergence
 from cpt_rft.algos.logprobs import entropy, token_logprobs
+from cpt_rft.algos.policy import clipped_policy_loss
 from cpt_rft.checkpoint import EncodedPrompt, Policy, encode_prompts
 from cpt_rft.config.schema import GrpoMethod
 from cpt_rft.data.example import Example
