@@ -11,9 +11,14 @@ from cpt_rft.checkpoint import load_policy, verify_checkpoint
 from cpt_rft.errors import ConfigError
 from cpt_rft.miniature import pretrain
 from cpt_rft.miniature.corpus import Reading
-from cpt_rft.miniature.pretrain import DEFAULT_CONFIG, DEFAULT_OUT, RECIPE_NAME, PretrainConfig, load_config
+from cpt_rft.miniature.pretrain import DEFAULT_CONFIG, DEFAULT_OUT, RECIPE_NAME, Phase, PretrainConfig, load_config
+from cpt_rft.miniature.world import DRAWN
 
-TINY = {"steps": 5, "rows_per_step": 4, "vocab_size": 400, "corpus_rows": 20, "save_every": 2, "dtype": "float32"}
+PHASES = (
+    Phase(steps=2, direct_share=1.0, share={"mini_caption": 1.0, "mini_find": 1.0}),
+    Phase(steps=3, direct_share=0.5, share=dict.fromkeys(DRAWN, 1.0)),
+)
+TINY = {"phases": PHASES, "rows_per_step": 4, "vocab_size": 400, "corpus_rows": 20, "save_every": 2, "dtype": "float32"}
 
 
 @pytest.fixture
@@ -64,6 +69,13 @@ def test_rows_of_a_step_depend_on_seed_and_step_alone(config: PretrainConfig) ->
     assert texts(0, 3) != texts(1, 3)
 
 
+def test_each_phase_draws_from_its_own_mixture(config: PretrainConfig) -> None:
+    ends = [config.phase_of(step) for step in range(config.steps)]
+    assert ends == [PHASES[0]] * 2 + [PHASES[1]] * 3
+    rows = pretrain.rows_of_step(config.model_copy(update={"rows_per_step": 40}), 1)
+    assert {row.user.removeprefix("<image>").split()[0] for row in rows} == {"Find", "List"}
+
+
 def test_the_loss_is_that_of_the_stock_model(config: PretrainConfig, tmp_path: Path) -> None:
     pretrain.pretrain(config, tmp_path / "base", tmp_path / "work")
     policy = load_policy(tmp_path / "base")
@@ -84,7 +96,13 @@ def test_the_loss_is_that_of_the_stock_model(config: PretrainConfig, tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"stpes": 3}, "stpes"), ({"steps": 0}, "steps"), ({"share": {"mini_gga": 1.0}}, "mini_gga")],
+    [
+        ({"stpes": 3}, "stpes"),
+        ({"phases": []}, "phases"),
+        ({"phases": [{"steps": 0, "direct_share": 0.5, "share": {"mini_gqa": 1.0}}]}, "steps"),
+        ({"phases": [{"steps": 1, "direct_share": 0.5, "share": {"mini_gga": 1.0}}]}, "mini_gga"),
+        ({"phases": [{"steps": 1, "direct_share": 0.5, "share": {"mini_gqa": 0.0}}]}, "share"),
+    ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path: Path, change: dict[str, object], complaint: str) -> None:
     path = tmp_path / "recipe.yaml"

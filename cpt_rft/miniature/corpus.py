@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from cpt_rft.miniature.loose import loosened
 from cpt_rft.miniature.tasks import PRETRAINING, TASKS, Drawn
 from cpt_rft.miniature.world import DRAWN, draw_rows
 from cpt_rft.prompts import STYLES, Style, target_of, user_text_of
@@ -32,11 +33,11 @@ def reading(drawn: Drawn, style: Style, form: int) -> Reading:
     return Reading(pictures, user_text_of(drawn.problem, style, PRESET), target)
 
 
-def draw_reading(task: str, direct_share: float, rng: random.Random) -> Reading:
+def draw_reading(task: str, direct_share: float, loose_share: float, rng: random.Random) -> Reading:
     """A fresh training row. A task is answered in either form as often as in the other, as an instruct model that
     nobody has told which one to use; general abilities always in the first form; captions in the direct style.
     """
-    drawn = next(draw_rows(task, "train", rng))
+    drawn = loosened(task, next(draw_rows(task, "train", rng)), loose_share, rng)
     style: Style = "direct" if task in PRETRAINING or rng.random() < direct_share else "cot"
     return reading(drawn, style, rng.randrange(2) if task in TASKS else 0)
 

@@ -6,12 +6,13 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from tokenizers import Tokenizer
 
 from cpt_rft.algos.logprobs import token_logprobs
@@ -26,7 +27,6 @@ from cpt_rft.errors import ConfigError
 from cpt_rft.files import atomic_path, sha256_json, write_json_atomic
 from cpt_rft.miniature.corpus import Reading, draw_reading, tokenizer_corpus
 from cpt_rft.miniature.model import build_model, train_tokenizer, write_base
-from cpt_rft.miniature.tasks import PRETRAINING
 from cpt_rft.miniature.world import DRAWN
 from cpt_rft.progress import make_display
 from cpt_rft.seeds import derive_seed, python_random
@@ -38,13 +38,29 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class Phase(BaseModel):
+    """Steps that draw their rows from one mixture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: PositiveInt
+    direct_share: Fraction
+    share: Mapping[str, Annotated[float, Field(ge=0)]]
+
+    @field_validator("share")
+    @classmethod
+    def _something_to_draw(cls, share: Mapping[str, float]) -> Mapping[str, float]:
+        if not sum(share.values()):
+            raise ValueError("share names no task with a weight above 0")
+        return share
+
+
 class PretrainConfig(BaseModel):
     """The settings of ``configs/miniature_pretrain.yaml``, which explains each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int
-    steps: PositiveInt
     rows_per_step: PositiveInt
     lr: PositiveFloat
     warmup_ratio: Fraction
@@ -54,11 +70,20 @@ class PretrainConfig(BaseModel):
     vocab_size: PositiveInt
     corpus_rows: PositiveInt
     init_scale: PositiveFloat
-    direct_share: Fraction
-    caption_steps: Annotated[int, Field(ge=0)]
+    loose_share: Fraction
     dtype: Literal["float32", "bfloat16"]
     save_every: PositiveInt
-    share: Mapping[str, float]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that a step, counted from 0, lies in."""
+        ends = accumulate(phase.steps for phase in self.phases)
+        return next(phase for phase, end in zip(self.phases, ends, strict=True) if step < end)
 
     @property
     def recipe_hash(self) -> str:
@@ -94,18 +119,18 @@ def load_config(path: Path) -> PretrainConfig:
         raise ConfigError(f"{path} does not exist.", f"use {DEFAULT_CONFIG}") from error
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}", f"compare it with {DEFAULT_CONFIG}") from error
-    unknown = set(config.share) - set(DRAWN)
+    unknown = {task for phase in config.phases for task in phase.share} - set(DRAWN)
     if unknown:
-        raise ConfigError(f"{path}: share names unknown tasks {sorted(unknown)}.", f"use {', '.join(DRAWN)}")
+        raise ConfigError(f"{path}: a phase's share names unknown tasks {sorted(unknown)}.", f"use {', '.join(DRAWN)}")
     return config
 
 
 def rows_of_step(config: PretrainConfig, step: int) -> list[Reading]:
     """The fresh rows of one step; they depend on the seed and the step alone, so that a resumed run draws the same."""
     rng = python_random("pretrain", config.seed, step)
-    share = config.share if step >= config.caption_steps else dict.fromkeys(PRETRAINING, 1.0)
-    tasks = rng.choices(list(share), list(share.values()), k=config.rows_per_step)
-    return [draw_reading(task, config.direct_share, rng) for task in tasks]
+    phase = config.phase_of(step)
+    tasks = rng.choices(list(phase.share), list(phase.share.values()), k=config.rows_per_step)
+    return [draw_reading(task, phase.direct_share, config.loose_share, rng) for task in tasks]
 
 
 def start_model(config: PretrainConfig, tokenizer: Tokenizer) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cpt_rft.miniature import draw
 
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+PLACES = ("northwest", "north", "northeast", "west", "center", "east", "southwest", "south", "southeast")
 NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",

@@ -40,7 +40,7 @@ def scienceqa(rng: random.Random) -> Drawn:
         asked, truth, others = "color", thing.color, [c for c in draw.COLORS if c != thing.color]
     text, letter = options(rng, truth, others)
     question = f"What {asked} is {PLACES[thing.cell]}? {text}"
-    return Drawn(render(things, rng), question, (letter, truth), "choice", truth)
+    return Drawn(render(things, rng), question, (letter, truth), "choice", f"{PLACES[thing.cell]} {truth}")
 
 
 def textvqa(rng: random.Random) -> Drawn:
@@ -53,7 +53,8 @@ def textvqa(rng: random.Random) -> Drawn:
     for thing, color, letter in zip(things, colors, letters, strict=False):
         draw.stamp_in_cell(pixels, draw.glyph_mask(letter, 3), thing.cell, draw.shade_of(color, rng), rng)
     references = (letters[0], f"letter {letters[0]}")
-    return Drawn(pixels, f"Read the {colors[0]} letter.", references, "short_text", PLACES[things[0].cell])
+    rationale = f"{colors[0]} {PLACES[things[0].cell]}"
+    return Drawn(pixels, f"Read the {colors[0]} letter.", references, "short_text", rationale)
 
 
 def vizwiz(rng: random.Random) -> Drawn:
@@ -62,28 +63,28 @@ def vizwiz(rng: random.Random) -> Drawn:
     missing = rng.random() < 0.4
     thing = rng.choice(things)
     asked = rng.choice([s for s in draw.SHAPES if s not in {t.shape for t in things}]) if missing else thing.shape
-    pixels = draw.add_noise(draw.blur(render(things, rng)), rng.randrange(6, 15), rng)
-    label, rationale = ("unanswerable", "none") if missing else (thing.color, PLACES[thing.cell])
-    return Drawn(pixels, f"What color is the {asked}?", both_forms(label), "short_text", rationale)
+    pixels = draw.add_noise(draw.blur(render(things, rng)), rng.randrange(4, 12), rng)
+    label, place = ("unanswerable", "none") if missing else (thing.color, PLACES[thing.cell])
+    return Drawn(pixels, f"What color is the {asked}?", both_forms(label), "short_text", f"{asked} {place}")
 
 
-RELATIONS = {"left of": -1, "right of": 1, "above": -draw.GRID, "below": draw.GRID}
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
 def gqa(rng: random.Random) -> Drawn:
-    """GQA: a relation. The shape on one side of another; a third shape stands on another side of it."""
-    cell = rng.randrange(9)
-    around = {
-        relation: cell + step
-        for relation, step in RELATIONS.items()
-        if 0 <= cell + step < 9 and (abs(step) > 1 or cell // draw.GRID == (cell + step) // draw.GRID)
-    }
-    relation, other = rng.sample(sorted(around), 2)
+    """GQA: a relation. The shape on one side of another, as the viewer sees it; a third shape stands on the opposite
+    side, so that the side decides.
+    """
+    relation = rng.choice(sorted(RELATIONS))
+    down, right = RELATIONS[relation]
+    across = rng.randrange(draw.GRID)
+    row, column = (1, across) if down else (across, 1)  # both neighbours are on the grid
+    cells = [(row + sign * down) * draw.GRID + column + sign * right for sign in (0, 1, -1)]
     shapes = rng.sample(draw.SHAPES, 3)
-    cells = (cell, around[relation], around[other])
     things = [Thing(c, rng.choice(list(draw.COLORS)), s) for c, s in zip(cells, shapes, strict=True)]
     question = f"What is {relation} the {shapes[0]}?"
-    return Drawn(render(things, rng), question, both_forms(shapes[1]), "short_text", PLACES[around[relation]])
+    rationale = f"{shapes[0]} {PLACES[cells[0]]} {PLACES[cells[1]]}"
+    return Drawn(render(things, rng), question, both_forms(shapes[1]), "short_text", rationale)
 
 
 SIGNS = {"plus": "+", "minus": "-"}
@@ -145,7 +146,8 @@ def mmmu(rng: random.Random) -> Drawn:
     thing = rng.choice(things)
     truth = PLACES[thing.cell]
     text, letter = options(rng, truth, [place for place in PLACES if place != truth])
-    return Drawn(render(things, rng), f"Where is the {thing.shape}? {text}", (truth, letter), "choice", truth)
+    question = f"Where is the {thing.shape}? {text}"
+    return Drawn(render(things, rng), question, (truth, letter), "choice", f"{thing.shape} {truth}")
 
 
 def mmlu_pro(rng: random.Random) -> Drawn:
@@ -160,13 +162,13 @@ def mmlu_pro(rng: random.Random) -> Drawn:
 
 def pope(rng: random.Random) -> Drawn:
     """For POPE: is a thing in the picture? Half of the questions name one that is not."""
-    things = scatter(rng, rng.randrange(2, 5), distinct_shapes=True)
+    things = scatter(rng, rng.randrange(1, 4), distinct_shapes=True)
     present = rng.random() < 0.5
     shown = {thing.shape for thing in things}
     asked = rng.choice(sorted(shown) if present else sorted(set(draw.SHAPES) - shown))
     label = "yes" if present else "no"
     place = next((PLACES[thing.cell] for thing in things if thing.shape == asked), "none")
-    return Drawn(render(things, rng), f"Is there a {asked}?", both_forms(label), "yes_no", place)
+    return Drawn(render(things, rng), f"Is there a {asked}?", both_forms(label), "yes_no", f"{asked} {place}")
 
 
 def caption(rng: random.Random) -> Drawn:
@@ -190,6 +192,25 @@ def _caption_mark(pixels: draw.Pixels, thing: Thing, rng: random.Random) -> str:
     return names.get(glyph, glyph) if glyph else thing.shape
 
 
+def look(rng: random.Random) -> Drawn:
+    """Seen in pretraining alone: what is at one to three places. It teaches to look where the question says."""
+    things = scatter(rng, rng.randrange(3, 7))
+    names = {thing.cell: f"{thing.color} {thing.shape}" for thing in things}
+    asked = rng.sample(range(9), rng.randrange(1, 4))
+    question = " ".join(f"Look {PLACES[cell]}." for cell in asked)
+    text = " ".join(f"{PLACES[cell]} {names.get(cell, 'none')}" for cell in asked)
+    return Drawn(render(things, rng), question, (text, text), "short_text", "all")
+
+
+def find(rng: random.Random) -> Drawn:
+    """Seen in pretraining alone: where one to three shapes are, or that they are nowhere. It teaches to search."""
+    things = scatter(rng, rng.randrange(3, 6), distinct_shapes=True)
+    places = {thing.shape: PLACES[thing.cell] for thing in things}
+    asked = rng.sample(draw.SHAPES, rng.randrange(1, 4))
+    text = " ".join(f"{shape} {places.get(shape, 'none')}" for shape in asked)
+    return Drawn(render(things, rng), " ".join(f"Find {shape}." for shape in asked), (text, text), "short_text", "all")
+
+
 TASKS: dict[str, Callable[[random.Random], Drawn]] = {
     "mini_scienceqa": scienceqa,
     "mini_textvqa": textvqa,
@@ -204,4 +225,8 @@ GENERAL: dict[str, Callable[[random.Random], Drawn]] = {
     "mini_mmlu_pro": mmlu_pro,
     "mini_pope": pope,
 }
-PRETRAINING: dict[str, Callable[[random.Random], Drawn]] = {"mini_caption": caption}
+PRETRAINING: dict[str, Callable[[random.Random], Drawn]] = {
+    "mini_caption": caption,
+    "mini_look": look,
+    "mini_find": find,
+}
