@@ -191,7 +191,7 @@ def test_a_card_that_states_another_number_is_told(tmp_path: Path, rows: list[Ex
     rows = rows[:3]
     task = ListedTask({"train": rows, "test": [row(90, "test")]}, {"train": 3, "test": 1}, card={"train": 5, "test": 1})
     assert list(ledger_notes(read_ledger(prepare(task, tmp_path)))) == [
-        "MISMATCH: listed: the files of 'train' hold 3 rows, the card of the repository says 5."
+        "MISMATCH: listed: the files of 'train' hold 3 rows, its card says 5."
     ]
 
 

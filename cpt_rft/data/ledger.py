@@ -128,7 +128,7 @@ def ledger_notes(ledger: Json) -> Iterator[str]:
     for part, stated in ledger["source"]["card_rows"].items():
         counted = ledger["source"]["rows"].get(part, stated)
         if counted != stated:
-            yield f"MISMATCH: {name}: the files of {part!r} hold {counted} rows, the card of the repository says {stated}."
+            yield f"MISMATCH: {name}: the files of {part!r} hold {counted} rows, its card says {stated}."
     for pair, rows in ledger["shared_pictures"].items():
         if rows:
             other, unseen = pair.split("/")
