@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.utils import logging
 
 from cpt_rft.data.example import IMAGE_TAG
+from cpt_rft.data.picture import Picture, decode_picture
 from cpt_rft.errors import CheckpointError, DataError
-from cpt_rft.pictures import Picture, PixelTable, decode_picture, image_processor
+from cpt_rft.pictures import PixelTable, image_processor
 from cpt_rft.vision import VisionSpec
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")

@@ -98,6 +98,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     schema.add_argument("--debug", action="store_true", help="show the traceback of an error")
     schema.set_defaults(verb=_schema)
     for name, module, text in (
+        ("data", "cpt_rft.data.command", "prepare, check, show and export real datasets"),
         ("audit", "eval.audit", "what each evaluation contract would have reported for one checkpoint"),
         ("rescore", "eval.rescore", "score stored records again under another scorer, without generating"),
         ("pretrain", "cpt_rft.miniature.pretrain", "make the miniature base model"),

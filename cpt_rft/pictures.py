@@ -1,7 +1,6 @@
-"""Pictures: decoded with clear errors, and turned into patches exactly as the stock image processor does."""
+"""Pictures turned into patches exactly as the stock image processor does."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from cpt_rft.errors import DataError
-from cpt_rft.vision import MAX_RATIO, VisionSpec
-
-Picture = bytes | Image.Image  # encoded (PNG, JPEG, ...) or decoded
-MIN_SIDE = 28
+from cpt_rft.vision import VisionSpec
 
 
 def image_processor(vision: VisionSpec) -> Any:
@@ -23,25 +18,6 @@ def image_processor(vision: VisionSpec) -> Any:
     pil = "Qwen2VLImageProcessorPil"
     name = pil if hasattr(transformers, pil) else "Qwen2VLImageProcessor"
     return getattr(transformers, name)(**vision.processor_kwargs())
-
-
-def decode_picture(data: Picture, where: str) -> Image.Image:
-    """Decode a picture fully; one that is decoded already is only checked.
-
-    Raises:
-        DataError: It does not decode, a side is under 28 px, or one side is over 200 times the other.
-    """
-    try:
-        picture = data if isinstance(data, Image.Image) else Image.open(BytesIO(data))
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where} does not decode ({error}).", "replace or drop the picture") from error
-    if min(picture.size) < MIN_SIDE:
-        raise DataError(f"{where} is {picture.width} x {picture.height} px.", f"use at least {MIN_SIDE} px a side")
-    if max(picture.size) > MAX_RATIO * min(picture.size):
-        fix = f"crop it to a ratio of at most {MAX_RATIO}"
-        raise DataError(f"{where} is {picture.width} x {picture.height} px.", fix)
-    return picture
 
 
 class PixelTable:

@@ -1,7 +1,13 @@
 r"""Prompt styles: what is appended to a problem, and what a supervised target looks like.
 
 ``cot`` asks for reasoning in ``<think>`` tags and the answer in ``\boxed{}``; ``direct`` asks for the bare
-answer. A preset fixes both suffixes. Train and test, SFT and RFT all render through `user_text`.
+answer. A preset fixes both suffixes and, for the real datasets, the wording of the problem itself: a row carries
+``problem`` (the preset ``task``) and in ``meta["problems"]`` what other presets say instead. Train and test, SFT
+and RFT all render through `user_text`.
+
+``paper_sft`` and ``paper_rft`` quote the released prompts of arXiv 2507.05386. They differ between the arms:
+Geometry3K and PathVQA end with an instruction under SFT and with the bare question under RFT, and only RFT appends
+a suffix. In both, ScienceQA's training rows keep the word "Context: " that its test rows lack.
 """
 
 from dataclasses import dataclass
@@ -22,21 +28,32 @@ class PromptPreset:
     direct: str
 
 
+# Source: RFTvsSFT@7d4f50e EasyR1/examples/format_prompt/{math_format,no_cot}.jinja.
+_PAPER_COT = (
+    " You FIRST think about the reasoning process as an internal monologue and then provide the final"
+    " answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE"
+    " put in \\boxed{}."
+)
+_PAPER_DIRECT = " You MUST provide the final answer directly."
+
 PRESETS = {
     "miniature": PromptPreset(cot=" Think, then box.", direct=" Answer now."),
-    # Source: RFTvsSFT@7d4f50e EasyR1/examples/format_prompt/{math_format,no_cot}.jinja (the RFT arm).
-    "paper_rft": PromptPreset(
-        cot=" You FIRST think about the reasoning process as an internal monologue and then provide the final"
-        " answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE"
-        " put in \\boxed{}.",
-        direct=" You MUST provide the final answer directly.",
-    ),
+    "paper_rft": PromptPreset(cot=_PAPER_COT, direct=_PAPER_DIRECT),
+    # Source: RFTvsSFT@7d4f50e LLaMA-Factory/data/*.json: the SFT arm trains on problem and label without a suffix.
+    "paper_sft": PromptPreset(cot=_PAPER_COT, direct=""),
+    # Ours: one wording a task and one suffix a style for both arms, train and test alike.
+    "task": PromptPreset(cot=_PAPER_COT, direct=_PAPER_DIRECT),
 }
 
 
 def user_text(example: Example, style: Style, preset: str) -> str:
     """The user turn: the problem (with its ``<image>`` tags) and the suffix of the style."""
-    return user_text_of(example.problem, style, preset)
+    return user_text_of(problem_of(example, preset), style, preset)
+
+
+def problem_of(example: Example, preset: str) -> str:
+    """The problem in the wording of a preset, without the suffix of a style."""
+    return str(example.meta.get("problems", {}).get(preset, example.problem))
 
 
 def user_text_of(problem: str, style: Style, preset: str) -> str:

@@ -79,7 +79,7 @@ def test_a_picture_under_28_pixels_is_named(tmp_path: Path, rows: list[Example])
     Image.new("RGB", (84, 27)).save(buffer, format="PNG")
     path = tmp_path / "bad.parquet"
     write_split(path, [replace(rows[0], images=(buffer.getvalue(),))])
-    with pytest.raises(DataError, match="84 x 27"):
+    with pytest.raises(DataError, match="84 x 27 px"):
         read_split(path)
 
 
@@ -92,7 +92,7 @@ def test_a_picture_over_200_times_as_long_as_wide_is_named(tmp_path: Path, rows:
         if accepted:
             assert len(read_split(path)) == 1
         else:
-            with pytest.raises(DataError, match=r"row 0 .*5601 x 28 pixels\. Fix: crop it to a ratio of at most 200"):
+            with pytest.raises(DataError, match=r"row 0 .*5601 x 28 px\. Fix: crop it to a ratio of at most 200"):
                 read_split(path)
 
 

@@ -160,6 +160,7 @@ def test_without_a_fit_python_one_line_says_what_to_install(machine, environment
         ("train_task.sh", ["study", "grpo", "first", "--seed", "1"], ["train study grpo first --seed 1"]),
         ("evaluate.sh", ["study", "grpo", "first"], ["evaluate study grpo first"]),
         ("evaluate.sh", ["study"], ["evaluate study"]),
+        ("prepare_data.sh", ["gqa", "--offline"], ["data prepare gqa --offline"]),
         ("report.sh", ["configs/experiments/study.yaml"], ["report configs/experiments/study.yaml"]),
         (
             "run_sequence.sh",
@@ -182,11 +183,11 @@ def test_each_script_gives_its_command(machine, script, arguments, commands):
     assert result.returncode == 0, result.stderr
     assert machine.calls("cpt-rft ") == [f"cpt-rft {command}" for command in commands]
     for command in commands:
-        _, overrides = build_parser().parse_known_args(command.split())
+        _, overrides = build_parser(command.split()[0]).parse_known_args(command.split())
         assert all("=" in override for override in overrides)
 
 
-@pytest.mark.parametrize("script", ["train_task.sh", "evaluate.sh", "run_sequence.sh", "report.sh"])
+@pytest.mark.parametrize("script", ["train_task.sh", "evaluate.sh", "run_sequence.sh", "report.sh", "prepare_data.sh"])
 def test_without_arguments_a_script_prints_its_usage(machine, script):
     result = machine.run(script)
     assert result.returncode == 2

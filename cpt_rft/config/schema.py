@@ -4,9 +4,20 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cpt_rft.config.contracts import CONTRACTS, ContractName, Scorer
 from cpt_rft.config.nearest import nearest
@@ -18,8 +29,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
-TASK_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(TASKS)}
-GENERAL_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(GENERAL)}
+_HUB = tuple(sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "tasks").glob("*.yaml")))
+TASK_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(TASKS), "hub": _HUB}
+GENERAL_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(GENERAL), "hub": _HUB}
 
 
 class KeyedError(ValueError):
@@ -126,10 +138,12 @@ class EngineConfig(_Strict):
 class DataConfig(_Strict):
     """Which rows."""
 
-    source: Literal["miniature"] = "miniature"
-    """Where tasks come from: the drawn miniature world."""
+    source: Literal["miniature", "hub"] = "miniature"
+    """Where tasks come from: the drawn miniature world, or the real datasets (`cpt-rft data prepare`)."""
+    directory: str | None = None
+    """Of `cpt-rft data prepare`, relative to here or to the repository; only for the source `hub`."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the drawn rows."""
+    """Seed of the drawn rows, or of the choice among the prepared ones."""
     train: PositiveInt
     """Training rows a task."""
     dev: PositiveInt
@@ -140,6 +154,17 @@ class DataConfig(_Strict):
     """Rows a general ability, in dev and in test."""
     prompt_preset: str = "miniature"
     """Which prompt suffixes (cpt_rft/prompts.py)."""
+
+    @model_validator(mode="after")
+    def _directory_belongs_to_the_hub(self) -> Self:
+        if (self.directory is None) == (self.source == "hub"):
+            words = "the source 'hub' needs the directory" if self.source == "hub" else "only the source 'hub' has one"
+            raise KeyedError(("directory",), words)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_drawn_rows_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "directory" or value is not None}
 
     @field_validator("prompt_preset")
     @classmethod
@@ -246,6 +271,8 @@ class Experiment(_Strict):
         source = self.data.source
         _check_known("task", self.tasks, TASK_NAMES[source], at=("tasks",))
         _check_known("general ability", self.evaluation.general, GENERAL_NAMES[source], at=("evaluation", "general"))
+        if source == "hub" and self.evaluation.general and self.evaluation.split != "test":
+            raise KeyedError(("evaluation", "general"), "general abilities of the hub have no dev rows")
         for index, order in enumerate(self.orders):
             if sorted(order) != sorted(self.tasks):
                 raise KeyedError(("orders", index), f"{list(order)} is not a permutation of the tasks")

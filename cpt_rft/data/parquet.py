@@ -1,22 +1,18 @@
 """The parquet contract: rows to disk and back, every column and every picture checked on the way in."""
 
 import hashlib
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
 from cpt_rft.data.example import Example
+from cpt_rft.data.picture import decode_picture
 from cpt_rft.errors import DataError, UserError
 from cpt_rft.files import atomic_path
-from cpt_rft.vision import MAX_RATIO
-
-MIN_SIDE_PX = 28
 
 SCHEMA = pa.schema(
     [
@@ -37,83 +33,75 @@ SCHEMA = pa.schema(
 
 def write_split(path: Path, rows: Sequence[Example]) -> None:
     """Write rows as one parquet file, whole or not at all."""
-    table = pa.Table.from_pylist([_to_record(row) for row in rows], schema=SCHEMA)
+    table = pa.Table.from_pylist([to_record(row) for row in rows], schema=SCHEMA)
     with atomic_path(path) as partial:
         pq.write_table(table, partial)
 
 
 def read_split(path: Path) -> list[Example]:
-    """Read and check every row.
+    """Read and check every row; see `stream_split`."""
+    return list(stream_split(path))
+
+
+def stream_split(path: Path, *, decode: bool = True) -> Iterator[Example]:
+    """Read and check rows one by one; memory holds one row group.
+
+    Args:
+        path: A parquet file, or a directory of them.
+        decode: Decode every picture.
 
     Raises:
         DataError: The file is missing, unreadable or lacks a column; a row has an empty answer, wrong types,
             a wrong number of pictures, a repeated id, or a picture that does not decode or is too small. The
             message names the file and the row.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist.", "run 'cpt-rft prepare EXPERIMENT.yaml'")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({error}).", "delete it and prepare again") from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} has no column {', '.join(missing)}.", "export it with the columns of the contract")
-    rows: list[Example] = []
     ids: set[str] = set()
-    for index, record in enumerate(table.to_pylist()):
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    for path, index, record in ((file, *row) for file in paths for row in enumerate(_records(file))):
         try:
-            row = _from_record(record)
+            row = from_record(record)
             if row.id in ids:
                 raise DataError(f"the id {row.id} stands twice.", "make ids unique")
             for picture, name in zip(row.images, row.image_paths, strict=True):
-                decode_picture(picture, name)
+                if decode:
+                    decode_picture(picture, f"Picture {name}")
         except (UserError, TypeError, ValueError, KeyError, AttributeError) as error:
             problem, fix = (error.problem, error.fix) if isinstance(error, UserError) else (str(error), "mend the row")
             raise DataError(f"{path}, row {index} ({record.get('id')}): {problem}", fix) from error
         ids.add(row.id)
-        rows.append(row)
-    return rows
+        yield row
 
 
-def decode_picture(encoded: bytes, name: str) -> Image.Image:
-    """Decode to RGB.
-
-    Raises:
-        DataError: The bytes are no picture, are cut short, or show one that no processor takes: a side is under 28
-            pixels, or one is over 200 times the other.
-    """
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.", "run 'cpt-rft prepare EXPERIMENT.yaml'")
     try:
-        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
-        raise DataError(f"Picture {name} does not decode ({error}).", "replace the picture or drop the row") from error
-    if min(picture.size) < MIN_SIDE_PX:
-        raise DataError(
-            f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
-            f"use pictures of at least {MIN_SIDE_PX} pixels a side",
-        )
-    if max(picture.size) > MAX_RATIO * min(picture.size):
-        raise DataError(
-            f"Picture {name} is {picture.size[0]} x {picture.size[1]} pixels.",
-            f"crop it to a ratio of at most {MAX_RATIO}",
-        )
-    return picture
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+            if missing:
+                problem = f"{path} has no column {', '.join(missing)}."
+                raise DataError(problem, "export it with the columns of the contract")
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}).", "delete it and prepare again") from error
 
 
-def rows_hash(rows: Sequence[Example]) -> str:
+def rows_hash(rows: Iterable[Example]) -> str:
     """A hash of the content: decoded pixels and every text. It does not depend on encoders or file formats."""
     digest = hashlib.sha256()
     for row in rows:
-        record = _to_record(row)
+        record = to_record(row)
         for image in record.pop("images"):
-            picture = decode_picture(image["bytes"], image["path"])
+            picture = decode_picture(image["bytes"], f"Picture {image['path']}")
             digest.update(f"{image['path']} {picture.size}".encode())
             digest.update(picture.tobytes())
         digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
 
 
-def _to_record(row: Example) -> dict[str, Any]:
+def to_record(row: Example) -> dict[str, Any]:
+    """A row as cells of `SCHEMA`."""
     images = [{"bytes": b, "path": p} for b, p in zip(row.images, row.image_paths, strict=True)]
     return {
         "id": row.id,
@@ -130,7 +118,12 @@ def _to_record(row: Example) -> dict[str, Any]:
     }
 
 
-def _from_record(record: dict[str, Any]) -> Example:
+def from_record(record: dict[str, Any]) -> Example:
+    """A row from cells of `SCHEMA`.
+
+    Raises:
+        DataError, TypeError, KeyError, ValueError: A cell breaks the contract.
+    """
     if record["answer"] is None or record["references"] is None:
         raise DataError("the answer is empty.", "give the row an answer or drop it")
     return Example(

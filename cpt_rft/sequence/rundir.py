@@ -4,14 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from cpt_rft.config.load import dump, find_directory
 from cpt_rft.config.schema import EngineConfig, Experiment
-from cpt_rft.data.example import Split
-from cpt_rft.data.prepare import LOCK_NAME, PreparedData, prepare
+from cpt_rft.data.prepare import LOCK_NAME, PreparedData, check_sources, prepare, wanted_splits
 from cpt_rft.errors import CheckpointError, DataError, StageError
 from cpt_rft.files import FileRecord, hash_tree, tree_sha256, write_json_atomic, write_text_atomic
 from cpt_rft.manifest import check_checkpoint, differences
@@ -194,10 +193,11 @@ def locked_data(experiment: Experiment, directory: Path) -> PreparedData | None:
         config = lock["config"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} was edited by hand or damaged.", fix) from error
-    wanted = [f"{task}/{split}" for task in experiment.tasks for split in get_args(Split)]
-    wanted += [f"{name}/{split}" for name in experiment.evaluation.general for split in ("dev", "test")]
+    tasks, general = experiment.tasks, experiment.evaluation.general
+    wanted = wanted_splits(experiment.data, tasks, general)
     if config != dump(experiment.data) or not set(wanted) <= set(splits):
         return None
+    check_sources(lock, experiment.data, tasks, general)
     for key in wanted:
         if not (directory / f"{key}.parquet").is_file():
             raise DataError(f"{directory / key}.parquet is missing, though {LOCK_NAME} lists it.", fix)

@@ -29,7 +29,7 @@ base_model: {base}
 output: {output}
 tasks: [mini_gqa, mini_superclevr]
 methods:
-  joint: {{extends: multitask, prompts_per_step: 4, micro_batch: 4}}
+  joint: {{extends: multitask, lr: 2e-4, schedule: constant, epochs: 1, prompts_per_step: 4, micro_batch: 4}}
   sft: {{prompts_per_step: 4, micro_batch: 2}}
   grpo: {{prompts_per_step: 4, micro_batch: 4, group: 2, max_new_tokens: 4}}
 engine: {{name: local, dtype: float32, device: cpu, save_every: 1}}

@@ -1,0 +1,1 @@
+"""The real datasets: one file each, from a raw row to an `Example` or a `Drop`."""
