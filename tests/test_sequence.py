@@ -71,8 +71,9 @@ def test_the_plan_of_the_miniature():
     assert joint.stages[0].directory == Path("runs/multitask/order0/seed0/1_multitask")
     assert [stage.directory.name for stage in sft.stages][:2] == ["1_mini_scienceqa", "2_mini_textvqa"]
     assert sft.stages[6].partial == Path("runs/sft/order0/seed0/7_mini_superclevr.partial")
-    assert training_cost(study, sft.method, sft.stages[0]).steps == 40
-    assert training_cost(study, joint.method, joint.stages[0]).steps == 280
+    rows, step = study.data.train, sft.method.prompts_per_step
+    assert training_cost(study, sft.method, sft.stages[0]).steps == sft.method.epochs * rows // step
+    assert training_cost(study, joint.method, joint.stages[0]).steps == joint.method.epochs * 7 * rows // step
 
 
 def test_orders_multiply_chains_but_not_joint_ones():

@@ -30,8 +30,8 @@ output: {output}
 tasks: [mini_gqa, mini_superclevr]
 methods:
   joint: {{extends: multitask, lr: 2e-4, schedule: constant, epochs: 1, prompts_per_step: 4, micro_batch: 4}}
-  sft: {{prompts_per_step: 4, micro_batch: 2}}
-  grpo: {{prompts_per_step: 4, micro_batch: 4, group: 2, max_new_tokens: 4}}
+  sft: {{lr: 2e-4, prompts_per_step: 4, micro_batch: 2}}
+  grpo: {{lr: 2e-4, prompts_per_step: 4, micro_batch: 4, group: 2, max_new_tokens: 4}}
 engine: {{name: local, dtype: float32, device: cpu, save_every: 1}}
 data: {{train: 12, dev: 4, test: 4, general: 4}}
 evaluation: {{batch_size: 4, max_new_tokens: 4, general: [mini_pope], base_samples: 1}}
