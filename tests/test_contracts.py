@@ -64,7 +64,7 @@ def evaluate(learned: Path, rows: list[Example], out: Path, settings: Evaluation
 
 
 @torch.no_grad()
-def released(policy: Policy, row: Example, style: Style) -> tuple[str, float]:
+def released(policy: Policy, row: Example, style: Style) -> tuple[str, int, float]:
     """ComputeVQAAccuracy on the stock model's logits of the whole sequence, shifted and masked as its trainer does."""
     prompt = encode_prompts(policy, [(row.images, user_text(row, style, "miniature"))])[0]
     target = policy.tokenizer.encode(target_text(row, style) + "<|im_end|>\n", add_special_tokens=False)
@@ -74,14 +74,14 @@ def released(policy: Policy, row: Example, style: Style) -> tuple[str, float]:
     mask = label != IGNORED
     hypothesis = policy.tokenizer.decode(pred[mask], skip_special_tokens=True)
     reference = policy.tokenizer.decode(label[mask], skip_special_tokens=True)
-    return hypothesis, float(hypothesis.strip().lower() == reference.strip().lower())
+    return hypothesis, int(mask.sum()), float(hypothesis.strip().lower() == reference.strip().lower())
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_teacher_forcing_is_the_released_metric(policy: Policy, rows: list[Example], style: Style) -> None:
     prompts = encode_prompts(policy, [(row.images, user_text(row, style, "miniature")) for row in rows])
     found = teacher_forced(policy, prompts, [target_text(row, style) for row in rows])
-    assert [(each.said, each.strict) for each in found] == [released(policy, row, style) for row in rows]
+    assert [(each.said, each.tokens, each.strict) for each in found] == [released(policy, row, style) for row in rows]
 
 
 def test_labels_known_by_heart_count(policy: Policy, rows: list[Example]) -> None:
