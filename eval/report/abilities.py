@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from eval.report.drawn import WIDTH, Figure, Json, Series
 from eval.report.gather import CURVES, Curve
-from eval.report.svg import Scale, Svg, scale
+from eval.report.svg import Scale, Svg, room, scale
 from eval.results import NATIVE
 from eval.table import Sheet
 from eval.words import METRIC_NAMES, MINUS, NONE, SCORE_NAMES, bounds, number, short, signed
@@ -57,7 +57,8 @@ def general(results: Json, arms: Sequence[Series], score: str) -> Figure:
     """Held-out abilities before and after, one panel an ability."""
     names = [*results["general"], "mean"]
     tables = {arm: results["methods"][arm.name]["summary"][NATIVE][score]["general"] for arm in arms}
-    width, step, left, top, drawings = 280.0, 20.0, 72.0, 26.0, []
+    width, step, top, drawings = 280.0, 20.0, 26.0, []
+    left = room((arm.name for arm in arms), 72.0, width / 2)
     reach = [row[key] for table in tables.values() for row in table.values() for key in ("before", "after")]
     x = scale(reach, left, width - 44, pad=0.08)
     bottom = top + step * len(arms)

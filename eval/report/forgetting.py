@@ -6,7 +6,7 @@ import numpy as np
 from markupsafe import Markup
 
 from eval.report.drawn import WIDTH, Figure, Json, Series, mean_matrix, native
-from eval.report.svg import Scale, Svg, scale
+from eval.report.svg import Scale, Svg, room, scale
 from eval.results import NATIVE
 from eval.table import Sheet
 from eval.words import MINUS, NONE, SCORE_NAMES, bounds, number, short, signed
@@ -60,7 +60,7 @@ def differences(entry: Json) -> Figure:
 
 def _intervals(title: str, rows: Sequence[tuple[str, int, str, Json]]) -> Markup:
     """Points with bars; a row is (colour class, marker, label, value with its intervals)."""
-    left, row_height, top = 124.0, 30.0, 8.0
+    left, row_height, top = room((label for _, _, label, _ in rows), 124.0, WIDTH / 2), 30.0, 8.0
     bottom = top + row_height * len(rows)
     told = "; ".join(f"{label} {number(part['value'])} {bounds(part['examples'])}" for *_, label, part in rows)
     svg = Svg(WIDTH, bottom + 38, title, told)

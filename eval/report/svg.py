@@ -4,11 +4,13 @@ Colours are CSS classes of the page (``style.css``), so that a figure follows th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from markupsafe import Markup
+
+LETTER_PX = 6.7  # width of a letter of a name, on average
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Scale:
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(index * step, 10) + 0.0 for index in range(first, last + 1)]
+
+
+def room(names: Iterable[str], least: float, most: float) -> float:
+    """Where a plot begins, in pixels, so that the longest of the names fits to its left.
+
+    >>> room(["sft"], 72, 140), round(room(["grpo_direct"], 72, 140), 1), room(["x" * 99], 72, 140)
+    (72, 85.7, 140)
+    """
+    return min(max(12 + LETTER_PX * max(map(len, names), default=0), least), most)
 
 
 def scale(values: Sequence[float], start: float, end: float, *, pad: float = 0.06) -> Scale:
