@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cpt_rft.config.document import Document
 from cpt_rft.config.json_schema import DIRECTORY, documents
 from cpt_rft.config.load import REPOSITORY, dump, find_directory, load_experiment
-from cpt_rft.config.schema import GrpoMethod, SftMethod
+from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.errors import ConfigError
 from cpt_rft.sequence.rundir import read_config
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import encode_prompts, load_policy
-from cpt_rft.config.schema import EngineConfig, GrpoMethod, SftMethod
+from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
 from cpt_rft.engines.base import Stage, StepLog, get_engine, resolve_engine

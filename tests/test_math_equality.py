@@ -138,6 +138,15 @@ def test_what_a_dead_fork_was_asked_is_not_taken_for_the_next_answer():
     assert verdicts(pairs, "mathruler") == [None, *expected[1:]]
 
 
+def test_only_a_line_that_bears_the_name_of_the_question_answers_it():
+    """What an evaluated text wrote, or a dead fork left, stands before the reply."""
+    verdict("w+1", "1+w", "mathruler")
+    worker = math_equality._POOL.idle[-1]
+    assert not worker.buffer
+    worker.buffer = b'["another", true]\ntrue\n["asked", false]\n'
+    assert worker._reply("asked") is False
+
+
 def test_a_fork_of_this_process_has_workers_of_its_own():
     verdict("x+21", "21+x", "mathruler")
     pid = os.fork()

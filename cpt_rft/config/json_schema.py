@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.load import REPOSITORY
-from cpt_rft.config.schema import METHOD_KINDS, TASK_NAMES, EngineConfig, Experiment, MethodConfig
+from cpt_rft.config.methods import METHOD_KINDS, MethodConfig
+from cpt_rft.config.schema import TASK_NAMES, Experiment
 
 DIRECTORY = REPOSITORY / "configs" / "schema"
 

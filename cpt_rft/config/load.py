@@ -9,8 +9,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cpt_rft.config.document import Document, Keys
+from cpt_rft.config.methods import METHOD_KINDS
 from cpt_rft.config.nearest import nearest
-from cpt_rft.config.schema import METHOD_KINDS, Experiment
+from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)

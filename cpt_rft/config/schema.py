@@ -5,13 +5,10 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -20,122 +17,19 @@ from pydantic import (
 )
 
 from cpt_rft.config.contracts import CONTRACTS, ContractName, Scorer
+from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.methods import MethodConfig
 from cpt_rft.config.nearest import nearest
+from cpt_rft.config.strict import KeyedError, Name, Strict, T, check_unique
 from cpt_rft.miniature.tasks import GENERAL, TASKS
 from cpt_rft.prompts import PRESETS, Style
-
-T = TypeVar("T")
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
-Share = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 _HUB = tuple(sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "tasks").glob("*.yaml")))
 TASK_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(TASKS), "hub": _HUB}
 GENERAL_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(GENERAL), "hub": _HUB}
 
 
-class KeyedError(ValueError):
-    """A rule is broken at a place below the object that checks it.
-
-    Attributes:
-        at: The keys and indices from that object to the place.
-    """
-
-    def __init__(self, at: tuple[str | int, ...], message: str) -> None:
-        super().__init__(message)
-        self.at = at
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class _Method(_Strict):
-    name: Name
-    """The key under which the experiment lists the method."""
-    joint: bool = False
-    """Train once on all tasks together (the multi-task upper bound) instead of task after task."""
-    style: Style
-    """Prompt style of training: `cot` (think, then box) or `direct` (the bare answer). It is the native style."""
-    lr: PositiveFloat
-    """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up, within each stage."""
-    warmup_ratio: Share = 0.0
-    """Share of a stage's steps in which the learning rate rises linearly from zero."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of AdamW."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this norm."""
-    epochs: PositiveInt = 1
-    """Passes over the rows of a stage."""
-    prompts_per_step: PositiveInt
-    """Prompts (rows) in one optimizer step. Equal for all methods: they then see the same rows at the same step."""
-    micro_batch: PositiveInt
-    """Prompts in memory at once; it must divide `prompts_per_step`."""
-
-    @model_validator(mode="after")
-    def _micro_batch_divides(self) -> Self:
-        if self.prompts_per_step % self.micro_batch:
-            message = f"{self.micro_batch} does not divide prompts_per_step = {self.prompts_per_step}"
-            raise KeyedError(("micro_batch",), message)
-        return self
-
-
-class SftMethod(_Method):
-    """Supervised fine-tuning: the next-token loss on the label (`direct`) or on rationale and label (`cot`)."""
-
-    kind: Literal["sft"]
-    """Which objective: supervised targets."""
-
-
-class GrpoMethod(_Method):
-    """Group-relative policy optimisation on the verifiable reward 0.9 accuracy + 0.1 format."""
-
-    kind: Literal["grpo"]
-    """Which objective: sampled completions, weighed by their advantage within the group."""
-    group: Annotated[int, Field(ge=2)]
-    """Completions sampled a prompt."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of the rollouts; log-probabilities are taken at the same temperature."""
-    max_new_tokens: PositiveInt
-    """Longest completion in tokens."""
-    kl_coef: NotNegative = 0.01
-    """Weight of the k3 KL penalty to the reference policy; 0 switches it off."""
-    kl_reference: Literal["base", "stage"] = "base"
-    """Reference policy: the base model, or the model at the start of the stage."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio to the sampling policy counts no further down than 1 - clip_low."""
-    clip_high: PositiveFloat = 0.3
-    """The ratio to the sampling policy counts no further up than 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
-    """Bound on the ratio where the advantage is negative."""
-
-
-MethodConfig = Annotated[SftMethod | GrpoMethod, Field(discriminator="kind")]
-METHOD_KINDS: Mapping[str, type[SftMethod] | type[GrpoMethod]] = {"sft": SftMethod, "grpo": GrpoMethod}
-
-
-class EngineConfig(_Strict):
-    """What trains. `auto` values are resolved once, when a run directory is made, and kept on resume."""
-
-    name: Literal["local"]
-    """The engine: `local` trains in process with transformers."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of forward and backward; weights and optimizer are always float32."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """Where: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
-    threads: PositiveInt = 1
-    """Threads of one worker. Methods and seeds run side by side, so one is usually best."""
-    save_every: PositiveInt = 10
-    """Steps between two resume points within a stage."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
-    """A stage stops after more non-finite steps than this."""
-
-
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Which rows."""
 
     source: Literal["miniature", "hub"] = "miniature"
@@ -174,7 +68,7 @@ class DataConfig(_Strict):
         return value
 
 
-class EvaluationConfig(_Strict):
+class EvaluationConfig(Strict):
     """How every checkpoint is scored."""
 
     split: Literal["dev", "test"] = "test"
@@ -218,10 +112,10 @@ class EvaluationConfig(_Strict):
     @field_validator("styles", "general")
     @classmethod
     def _no_repeats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_unique(value)
+        return check_unique(value)
 
 
-class Experiment(_Strict):
+class Experiment(Strict):
     """A study: which model learns which tasks, by which methods, in which orders, from which seeds."""
 
     name: Name
@@ -255,7 +149,7 @@ class Experiment(_Strict):
     @field_validator("tasks", "seeds")
     @classmethod
     def _no_repeats(cls, value: tuple[T, ...]) -> tuple[T, ...]:
-        return _check_unique(value)
+        return check_unique(value)
 
     @model_validator(mode="after")
     def _methods_write_their_answers(self) -> Self:
@@ -279,14 +173,6 @@ class Experiment(_Strict):
             if order in self.all_orders[: index + 1]:
                 raise KeyedError(("orders", index), f"{list(order)} is listed twice (the tasks themselves are order 0)")
         return self
-
-
-def _check_unique(values: tuple[T, ...]) -> tuple[T, ...]:
-    """Return the values if none stands twice."""
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise KeyedError((index,), f"{value!r} is listed twice")
-    return values
 
 
 def _check_known(noun: str, values: Sequence[str], known: Sequence[str], *, at: tuple[str | int, ...]) -> None:

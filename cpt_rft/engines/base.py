@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cpt_rft.config.schema import EngineConfig, MethodConfig
+from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.methods import MethodConfig
 
 _DIGITS = 6
 

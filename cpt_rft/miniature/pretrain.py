@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from cpt_rft.algos.logprobs import token_logprobs
 from cpt_rft.algos.sft import sft_loss
 from cpt_rft.checkpoint import Policy, encode_prompts, load_policy, released_name
-from cpt_rft.config.schema import SftMethod
+from cpt_rft.config.methods import SftMethod
 from cpt_rft.engines.local.generate import end_token_ids
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.optimise import Optimiser

@@ -53,6 +53,8 @@ def grade(response: str, label: Sequence[int], rows: int, columns: int) -> Jigsa
 
     >>> grade("4 2 3 1", [3, 1, 4, 2], 2, 2)
     Jigsaw(exact=0.0, patches=0.0, connections=0.5)
+    >>> grade("3 1 4", [3, 1, 4, 2], 2, 2)  # too few numbers answer nothing
+    Jigsaw(exact=0.0, patches=0.0, connections=0.0)
     """
     given = parse(response, rows * columns)
     if given is None or len(given) != len(label):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from cpt_rft.config.methods import GrpoMethod, MethodConfig
 from cpt_rft.config.nearest import nearest
-from cpt_rft.config.schema import Experiment, GrpoMethod, MethodConfig
+from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
 
 JOINT_STAGE = "multitask"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.load import dump
-from cpt_rft.config.schema import EngineConfig, Experiment
+from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import PreparedData, check_prepared, prepare
 from cpt_rft.errors import StageError
 from cpt_rft.files import DirectoryLock, discard_directory, explain_os_error, read_json, sha256_json, write_json_atomic

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.load import dump, find_directory
-from cpt_rft.config.schema import EngineConfig, Experiment
+from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import LOCK_NAME, PreparedData, check_sources, prepare, wanted_splits
 from cpt_rft.errors import CheckpointError, DataError, StageError
 from cpt_rft.files import FileRecord, hash_tree, tree_sha256, write_json_atomic, write_text_atomic

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from cpt_rft.config.document import Document
 from cpt_rft.config.load import REPOSITORY, validate
 from cpt_rft.config.nearest import nearest
-from cpt_rft.config.schema import KeyedError
+from cpt_rft.config.strict import KeyedError
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import IMAGE_TAG, Example, Kind, Split
 from cpt_rft.data.reasons import Reason

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy
-from cpt_rft.config.schema import EngineConfig, GrpoMethod, SftMethod
+from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
 from cpt_rft.engines.base import Stage, StepLog, get_engine

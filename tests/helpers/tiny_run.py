@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cpt_rft import cli
+from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.load import load_experiment
-from cpt_rft.config.schema import EngineConfig, Experiment
+from cpt_rft.config.schema import Experiment
 from cpt_rft.files import sha256_file
 from cpt_rft.sequence.job import Job, do_job, preflight
 from cpt_rft.sequence.plan import Selection

@@ -13,7 +13,7 @@ from cpt_rft.algos.kl import k3_divergence
 from cpt_rft.algos.logprobs import entropy, token_logprobs
 from cpt_rft.algos.policy import clipped_policy_loss
 from cpt_rft.checkpoint import EncodedPrompt, Policy, encode_prompts
-from cpt_rft.config.schema import GrpoMethod
+from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import Completion, generate, suppression
 from cpt_rft.engines.local.network import Network

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpt_rft.config.schema import MethodConfig
+from cpt_rft.config.methods import MethodConfig
 from cpt_rft.errors import TrainingError
 
 

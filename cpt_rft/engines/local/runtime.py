@@ -2,7 +2,7 @@
 
 import torch
 
-from cpt_rft.config.schema import EngineConfig
+from cpt_rft.config.engine import EngineConfig
 from cpt_rft.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,7 +7,7 @@ import torch
 from cpt_rft.algos.logprobs import token_logprobs
 from cpt_rft.algos.sft import sft_loss
 from cpt_rft.checkpoint import Policy, encode_prompts
-from cpt_rft.config.schema import SftMethod
+from cpt_rft.config.methods import SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import end_token_ids
 from cpt_rft.engines.local.network import Network
