@@ -25,7 +25,7 @@ from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, we
 
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
-    *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap"),
+    *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap", "replayed", "penalty"),
 }
 
 

@@ -42,8 +42,11 @@ def documents() -> dict[str, dict[str, Any]]:
     del experiment["$defs"]["EvaluationConfig"]["required"]  # the contract may fill it in
     for unused in ("SftMethod", "GrpoMethod", "EngineConfig"):
         experiment["$defs"].pop(unused, None)
+    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora"):
+        experiment["$defs"][part].pop("required")  # a change may name one key of a part
     method = TypeAdapter(MethodConfig).json_schema()
-    for definition in method["$defs"].values():
+    for model in METHOD_KINDS.values():
+        definition = method["$defs"][model.__name__]
         del definition["properties"]["name"]
         definition["required"].remove("name")
     return {"experiment.json": experiment, "method.json": method, "engine.json": engine}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -115,8 +115,8 @@ def _explain(errors: list[ErrorDetails], model: type[BaseModel], document: Docum
 def _fields_at(model: type[BaseModel], keys: Keys) -> list[str]:
     for key in keys:
         annotation = model.model_fields[str(key)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        parts = get_args(annotation) or (annotation,)  # an optional object is a union with none
+        model = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
     return list(model.model_fields)
 
 

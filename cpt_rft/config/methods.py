@@ -8,11 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share, Strict
+from cpt_rft.config.restraints import Restrained
+from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share
 from cpt_rft.prompts import Style
 
 
-class _Method(Strict):
+class _Method(Restrained):
     name: Name
     """The key under which the experiment lists the method."""
     joint: bool = False

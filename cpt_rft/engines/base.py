@@ -10,6 +10,22 @@ from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.methods import MethodConfig
 
 _DIGITS = 6
+ARTEFACTS_NAME = "artefacts"
+
+
+@dataclass(frozen=True)
+class EarlierStage:
+    """A stage before this one in its chain.
+
+    Attributes:
+        tasks: What it trained on.
+        data: Its training rows, one parquet file a task.
+        artefacts: What it left for later stages beside its checkpoint; absent where it left nothing.
+    """
+
+    tasks: tuple[str, ...]
+    data: tuple[Path, ...]
+    artefacts: Path
 
 
 @dataclass(frozen=True)
@@ -17,8 +33,8 @@ class Stage:
     """One training job.
 
     Attributes:
-        directory: Work directory of the stage. The engine writes ``checkpoint/`` and ``train/log.jsonl`` into it, and
-            ``resume/`` while it trains.
+        directory: Work directory of the stage. The engine writes ``checkpoint/`` and ``train/log.jsonl`` into it,
+            ``artefacts/`` if later stages need more than the checkpoint, and ``resume/`` while it trains.
         parent: Checkpoint to start from.
         base: Base checkpoint of the sequence, the reference policy.
         tasks: One task, or all of them for joint training.
@@ -28,6 +44,7 @@ class Stage:
         prompt_preset: Which prompt suffixes.
         seed: Training seed.
         seed_path: Prefix of every seed that belongs to this stage.
+        history: The stages before this one, in order.
     """
 
     directory: Path
@@ -40,6 +57,7 @@ class Stage:
     prompt_preset: str
     seed: int
     seed_path: tuple[str | int, ...]
+    history: tuple[EarlierStage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,8 @@ class StepLog:
         tokens: Target or completion tokens in the loss.
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
+        replayed: Rows of earlier tasks in the step.
+        penalty: What holds the model back, summed, as it was differentiated beside the loss.
     """
 
     step: int
@@ -83,6 +103,8 @@ class StepLog:
     zero_variance: float | None = None
     entropy: float | None = None
     rollout_gap: float | None = None
+    replayed: int | None = None
+    penalty: float | None = None
 
     def line(self) -> str:
         """The line of the log, without its newline."""

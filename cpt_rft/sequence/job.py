@@ -11,6 +11,7 @@ from cpt_rft.config.schema import Experiment
 from cpt_rft.engines.base import StepLog
 from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.manifest import check_checkpoint
+from cpt_rft.sequence.history import anew
 from cpt_rft.sequence.lineage import StageState, first_problem, survey
 from cpt_rft.sequence.plan import Chain, Cost, Selection, chain_label, evaluation_cost, training_cost
 from cpt_rft.sequence.rundir import Run, read_run
@@ -147,7 +148,7 @@ def _do_base(run: Run, emit: Emit) -> None:
 
 
 def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Emit) -> None:
-    from cpt_rft.sequence.stages import anew, evaluate_stage, train_stage
+    from cpt_rft.sequence.stages import evaluate_stage, train_stage
 
     training = {state.stage.name: training_cost(run.experiment, chain.method, state.stage) for state in todo}
     scoring = evaluation_cost(run.experiment)

@@ -9,6 +9,7 @@ from cpt_rft.config.load import dump
 from cpt_rft.errors import StageError, UserError
 from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
+from cpt_rft.sequence.history import anew, check_artefacts
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
 from eval.contract import scorer_terms
@@ -67,8 +68,9 @@ def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
             state = _inspect(run, state, parent_weights, full=full)
         states.append(state)
         parent_identity = sha256_json(identity)
-        # Where the parent is to be made anew, its weights will be the same: the identity says so.
-        parent_weights = state.manifest.checkpoint_sha256 if state.manifest else ""
+        if not chain.method.adapter_per_task:
+            # Where the parent is to be made anew, its weights will be the same: the identity says so.
+            parent_weights = state.manifest.checkpoint_sha256 if state.manifest else ""
     return states
 
 
@@ -92,15 +94,16 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dic
 
 def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) -> StageState:
     stage = state.stage
-    anew = f"delete {stage.directory} and give the same command again to make the stage anew"
+    fix = anew(stage)
     try:
         manifest = read_manifest(stage.directory)
         found = differences(manifest.identity, state.identity)
         if found:
-            raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", anew)
+            raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", fix)
         if parent_weights and manifest.provenance["parent_sha256"] != parent_weights:
-            raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", anew)
-        check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=anew)
+            raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", fix)
+        check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=fix)
+        check_artefacts(stage.directory, manifest, full=full, fix=fix)
     except UserError as error:
         return StageState(stage, state.identity, problem=error)
     evaluated = is_evaluated(run, stage.directory / "eval", manifest.checkpoint_sha256, full=full)

@@ -161,6 +161,8 @@ def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan
     rows = experiment.data.train * len(stage.tasks)
     prompts = rows * method.epochs
     steps = math.ceil(prompts / method.prompts_per_step)
+    if method.replay is not None and stage.index > 1:
+        prompts += steps * method.replay.rows_per_step
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
         return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)

@@ -72,8 +72,11 @@ class Journal:
 
 
 def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
-    """A hash of what decides the bits of a stage: configuration, seeds, weights at its start, rows."""
+    """A hash of what decides the bits of a stage: settings, seeds, weights at its start, its rows, what came before."""
     files = {str(index): sha256_file(path) for index, path in enumerate(stage.data)}
+    for place, earlier in enumerate(stage.history):
+        left = sorted(path for path in earlier.artefacts.rglob("*") if path.is_file())
+        files |= {f"{place}/{path.name}": sha256_file(path) for path in [*earlier.data, *left]}
     for name, checkpoint in (("parent", stage.parent), ("base", stage.base)):
         files |= {f"{name}/{path.name}": sha256_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
     return sha256_json(

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
 from cpt_rft.engines.base import Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
+from cpt_rft.engines.local.importance import leave_importance
 from cpt_rft.engines.local.objective import Objective
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
@@ -31,14 +35,18 @@ class LocalEngine:
             policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
         )
         objective = make_objective(stage, policy, dtype, device)
+        restraints = make_restraints(stage, policy, optimiser, dtype, device)
         journal = Journal(stage, stage_fingerprint(stage, dtype))
         progress = journal.open()
         if progress is not None:
             optimiser.restore(progress.optimiser)
         for step in range(progress.step if progress else 0, len(batches)):
             started = time.perf_counter()
-            result = objective.gradients(step, batches[step], optimiser.backward)
-            outcome = optimiser.step(step, result.loss)
+            rows = batches[step]
+            new = [row for row in rows if row.task in stage.tasks]
+            result = objective.gradients(step, rows, optimiser.backward)
+            penalty = sum(restraint.gradients(new, optimiser.backward) for restraint in restraints)
+            outcome = optimiser.step(step, result.loss + penalty)
             fields: dict[str, Any] = {key: _finite(value) for key, value in result.fields.items()}
             line = StepLog(
                 step=step + 1,
@@ -48,6 +56,8 @@ class LocalEngine:
                 grad_norm=outcome.grad_norm,
                 skipped=optimiser.skipped,
                 seconds=time.perf_counter() - started,
+                replayed=len(rows) - len(new) if stage.method.replay else None,
+                penalty=_finite(penalty) if restraints else None,
                 **fields,
             )
             journal.write(line)
@@ -56,7 +66,11 @@ class LocalEngine:
                 journal.save(Progress(step + 1, optimiser.state()))
         checkpoint = stage.directory / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)  # left by a process that was killed at this very point
-        save_checkpoint(optimiser.named_weights(), checkpoint, source=stage.parent)
+        weights = published_weights(stage, optimiser)
+        save_checkpoint(weights, checkpoint, source=stage.parent)
+        if stage.method.ewc is not None:
+            optimiser.assign(weights)
+            leave_importance(stage, policy, optimiser, stage.method.ewc)
         journal.close()
 
 
@@ -71,6 +85,20 @@ def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
     return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path)
+
+
+def published_weights(stage: Stage, optimiser: Optimiser) -> dict[str, Tensor]:
+    """The float32 weights that the stage hands on, by name.
+
+    Raises:
+        TrainingError: A weight is not finite.
+    """
+    weights = optimiser.named_weights()
+    average = stage.method.average
+    if average is None:
+        return weights
+    start = dict(load_policy(stage.parent).model.named_parameters())
+    return averaged_weights(start, {name: weight.cpu() for name, weight in weights.items()}, average.share)
 
 
 def _finite(value: float | None) -> float | None:
