@@ -1,8 +1,6 @@
 """The local engine as a whole: it learns, repeats itself, survives being killed, and never saves broken weights."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
-from cpt_rft.engines.base import Stage, StepLog, get_engine, resolve_engine
+from cpt_rft.engines.base import Stage, resolve_engine
 from cpt_rft.engines.local.batches import batches, stage_batches
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.runtime import prepare
@@ -22,6 +20,7 @@ from cpt_rft.errors import CheckpointError, ConfigError, TrainingError
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import target_text, user_text
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, weights
+from tests.helpers.killed import train_and_die
 
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
@@ -115,7 +114,7 @@ def test_a_killed_stage_ends_with_the_same_bits(
     whole = make_stage(tmp_path / "whole", base, method, rows, parent=taught, dtype=dtype, save_every=5)
     run(whole)
     stage = make_stage(tmp_path / "killed", base, method, rows, parent=taught, dtype=dtype, save_every=5)
-    _train_and_die(stage, at=7)
+    train_and_die(stage, at=7)
     assert not (stage.directory / "checkpoint").exists()
     assert len(read_log(stage)) == 7
     assert [log.step for log in run(stage)] == list(range(6, 13))
@@ -125,29 +124,12 @@ def test_a_killed_stage_ends_with_the_same_bits(
     assert not (stage.directory / "resume").exists()
 
 
-def _train_and_die(stage: Stage, at: int) -> None:
-    """Train in a child process that kills itself, without any goodbye, when step ``at`` is reported."""
-
-    def report(log: StepLog) -> None:
-        if log.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            get_engine(stage.engine).train(stage, report)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
 @pytest.mark.parametrize("damage", ["cut", "emptied", "other settings", "log lost"])
 def test_a_useless_resume_point_costs_time_only(base: Path, rows: list[Example], tmp_path: Path, damage: str) -> None:
     whole = make_stage(tmp_path / "whole", base, sft(epochs=2), rows, save_every=2)
     run(whole)
     stage = make_stage(tmp_path / "stage", base, sft(epochs=2), rows, save_every=2)
-    _train_and_die(stage if damage != "other settings" else replace(stage, method=sft(epochs=2, lr=1e-2)), at=5)
+    train_and_die(stage if damage != "other settings" else replace(stage, method=sft(epochs=2, lr=1e-2)), at=5)
     state = stage.directory / "resume" / "state.pt"
     if damage in ("cut", "emptied"):
         state.write_bytes(state.read_bytes()[: 1000 if damage == "cut" else 0])

@@ -1,7 +1,5 @@
 """Replay, EWC, L2, LwF and averaging: each is what its source says, in a stage of SFT as in one of GRPO."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.config.restraints import Average, Ewc, Lwf, Replay
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
-from cpt_rft.engines.base import ARTEFACTS_NAME, EarlierStage, Stage, StepLog, get_engine
+from cpt_rft.engines.base import ARTEFACTS_NAME, EarlierStage, Stage
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.importance import ANCHOR_NAME, IMPORTANCE_NAME, read_importance
@@ -28,6 +26,7 @@ from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import user_text
 from cpt_rft.seeds import derive_seed, python_random
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, stock_inputs, weights
+from tests.helpers.killed import train_and_die
 
 EARLIER = "mini_textvqa"
 EWC: dict[str, Any] = {"strength": 50.0, "rows": 3, "max_new_tokens": 4}
@@ -330,7 +329,7 @@ def test_a_killed_stage_with_every_restraint_ends_with_the_same_bits(
     whole = second(first, tmp_path / "whole", method, rows, dtype=dtype, save_every=2)
     run(whole)
     stage = second(first, tmp_path / "killed", method, rows, dtype=dtype, save_every=2)
-    _train_and_die(stage, at=4)
+    train_and_die(stage, at=4)
     assert [log.step for log in run(stage)] == [3, 4, 5, 6]
     left = [f"{ARTEFACTS_NAME}/{name}" for name in (IMPORTANCE_NAME, ANCHOR_NAME)]
     for name in ("checkpoint/model.safetensors", *left):
@@ -341,23 +340,8 @@ def test_a_resume_point_of_another_history_is_not_used(
     first: Stage, rows: list[Example], old_rows: list[Example], tmp_path: Path
 ) -> None:
     stage = second(first, tmp_path / "stage", sft(epochs=2, replay={"rows_per_step": 2}), rows, save_every=1)
-    _train_and_die(stage, at=3)
+    train_and_die(stage, at=3)
     others = tmp_path / "others.parquet"
     write_split(others, old_rows[:3])
     past = replace(stage.history[0], data=(others,))
     assert [log.step for log in run(replace(stage, history=(past,)))] == [1, 2, 3, 4]
-
-
-def _train_and_die(stage: Stage, at: int) -> None:
-    def report(log: StepLog) -> None:
-        if log.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            get_engine(stage.engine).train(stage, report)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

@@ -10,8 +10,7 @@ from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.engines.base import StepLog
 from cpt_rft.errors import CheckpointError, ConfigError
-from cpt_rft.manifest import check_checkpoint
-from cpt_rft.sequence.history import anew
+from cpt_rft.sequence.history import judges_of
 from cpt_rft.sequence.lineage import StageState, first_problem, survey
 from cpt_rft.sequence.plan import Chain, Cost, Selection, chain_label, evaluation_cost, training_cost
 from cpt_rft.sequence.rundir import Run, read_run
@@ -138,7 +137,7 @@ def _do_base(run: Run, emit: Emit) -> None:
     run.base.check(full=True)
     evaluate_stage(
         run,
-        run.base.directory,
+        dict.fromkeys((*run.experiment.tasks, *run.experiment.evaluation.general), run.base.directory),
         run.base_directory / "eval",
         run.base.sha256,
         lambda done, total, what: meter.at(cost, done, total, f"scoring {what}"),
@@ -168,13 +167,12 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
         if job.evaluate and not state.evaluated:
             if manifest is None:
                 raise CheckpointError(f"{stage.directory} is not there.", f"train {stage.name} first")
-            checkpoint = stage.directory / "checkpoint"
-            check_checkpoint(checkpoint, manifest.files, full=True, fix=anew(stage))
+            judges, weights = judges_of(run, chain, stage)
 
             def progress(done: int, total: int, what: str, where: str = where) -> None:
                 meter.at(scoring, done, total, f"{where} scoring {what}")
 
-            evaluate_stage(run, checkpoint, stage.directory / "eval", manifest.checkpoint_sha256, progress)
+            evaluate_stage(run, judges, stage.directory / "eval", weights, progress)
             meter.finish(scoring, f"{where} scored")
 
 

@@ -1,6 +1,6 @@
 """Where every stage of a chain stands: what it should be, what is there, and whether the two agree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from cpt_rft.config.load import dump
 from cpt_rft.errors import StageError, UserError
 from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
-from cpt_rft.sequence.history import anew, check_artefacts
+from cpt_rft.sequence.history import anew, check_artefacts, judged_weights
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
 from eval.contract import scorer_terms
@@ -60,17 +60,19 @@ def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
         full: Hash every file; otherwise names and sizes only.
     """
     states = []
+    learned: dict[str, str] = {}
     parent_identity = parent_weights = run.base.sha256
     for stage in chain.stages:
         identity = stage_identity(run, chain, stage, parent_identity)
         state = StageState(stage, identity)
         if stage.directory.exists():
-            state = _inspect(run, state, parent_weights, full=full)
+            state = _inspect(run, chain, state, parent_weights, learned, full=full)
         states.append(state)
+        learned[stage.name] = state.manifest.checkpoint_sha256 if state.manifest else ""
         parent_identity = sha256_json(identity)
         if not chain.method.adapter_per_task:
             # Where the parent is to be made anew, its weights will be the same: the identity says so.
-            parent_weights = state.manifest.checkpoint_sha256 if state.manifest else ""
+            parent_weights = learned[stage.name]
     return states
 
 
@@ -92,7 +94,9 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dic
     }
 
 
-def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) -> StageState:
+def _inspect(
+    run: Run, chain: Chain, state: StageState, parent_weights: str, learned: Mapping[str, str], *, full: bool
+) -> StageState:
     stage = state.stage
     fix = anew(stage)
     try:
@@ -106,7 +110,9 @@ def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) ->
         check_artefacts(stage.directory, manifest, full=full, fix=fix)
     except UserError as error:
         return StageState(stage, state.identity, problem=error)
-    evaluated = is_evaluated(run, stage.directory / "eval", manifest.checkpoint_sha256, full=full)
+    own = manifest.checkpoint_sha256
+    judged = judged_weights(chain, {**learned, stage.name: own}, own)
+    evaluated = is_evaluated(run, stage.directory / "eval", judged, full=full)
     return StageState(stage, state.identity, manifest, evaluated)
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,21 @@ def train_stage(
 
 
 def evaluate_stage(
-    run: Run, checkpoint: Path, out: Path, weights: str, progress: Callable[[int, int, str], None], *, samples: int = 0
+    run: Run,
+    judges: Mapping[str, Path],
+    out: Path,
+    weights: str,
+    progress: Callable[[int, int, str], None],
+    *,
+    samples: int = 0,
 ) -> None:
-    """Score a checkpoint on every task and general ability, and note that the records are complete.
+    """Score a stage on every task and general ability, and note that the records are complete.
 
     Args:
         run: The run directory.
-        checkpoint: What to score; its files were checked.
+        judges: The checkpoint that answers, by task and general ability; their files were checked.
         out: Directory of the records.
-        weights: Hash of the checkpoint.
+        weights: Hash of all that answer.
         progress: Told rows done, rows in all and what is being answered.
         samples: Answers a row at temperature 1 besides the greedy one.
     """
@@ -94,16 +100,24 @@ def evaluate_stage(
         shutil.rmtree(out)
     out.mkdir(exist_ok=True)
     write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": None})
-    evaluate_checkpoint(
-        checkpoint,
-        {name: run.data.path(name, config.split) for name in (*experiment.tasks, *config.general)},
-        out,
-        config,
-        experiment.data.prompt_preset,
-        samples=samples,
-        device=experiment.engine.device,
-        progress=progress,
-    )
+    finished = 0
+    for checkpoint in dict.fromkeys(judges.values()):
+        names = [name for name, judge in judges.items() if judge == checkpoint]
+
+        def part(done: int, total: int, what: str, before: int = finished, share: int = len(names)) -> None:
+            progress(before * total + share * done, len(judges) * total, what)
+
+        evaluate_checkpoint(
+            checkpoint,
+            {name: run.data.path(name, config.split) for name in names},
+            out,
+            config,
+            experiment.data.prompt_preset,
+            samples=samples,
+            device=experiment.engine.device,
+            progress=part,
+        )
+        finished += len(names)
     files = {name: list(record) for name, record in hash_tree(out).items() if name != EVALUATION_NAME}
     write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": files})
 

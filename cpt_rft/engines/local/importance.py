@@ -1,6 +1,5 @@
 """How much the answers to a stage's task depend on each weight; left by a stage that is trained with EWC."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,9 +41,7 @@ def leave_importance(stage: Stage, policy: Policy, optimiser: Optimiser, setting
             fisher, weights = merged_penalty(before, anchor, fisher, weights)
         else:
             fisher = carried_fisher(before, fisher, gamma=settings.gamma)
-    directory = stage.directory / ARTEFACTS_NAME
-    shutil.rmtree(directory, ignore_errors=True)  # left by a process that was killed at this very point
-    with fresh_directory(directory) as partial:
+    with fresh_directory(stage.directory / ARTEFACTS_NAME) as partial:
         write_weights(partial / IMPORTANCE_NAME, fisher)
         write_weights(partial / ANCHOR_NAME, weights)
 

@@ -1,6 +1,6 @@
 """What holds the policy back beside its objective: gradients that are added to those of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 from cpt_rft.algos.aggregate import token_mean
 from cpt_rft.algos.ewc import ewc_penalty, l2_penalty
 from cpt_rft.algos.lwf import distillation_loss
+from cpt_rft.algos.o_lora import orthogonality_penalty
 from cpt_rft.checkpoint import Policy, encode_prompts, load_policy
 from cpt_rft.config.restraints import Lwf
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import Stage
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.importance import read_importance
+from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter, read_down
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, chunks
 from cpt_rft.engines.local.optimise import Optimiser
@@ -95,8 +97,32 @@ class Distillation:
         return total
 
 
+class Orthogonality:
+    """O-LoRA: the adapters of a stage keep out of the directions that those of earlier stages read.
+
+    Args:
+        adapter: The adapters being trained.
+        earlier: A of every layer, of each earlier stage.
+        strength: Its weight.
+    """
+
+    def __init__(self, adapter: Adapter, earlier: Sequence[Mapping[str, Tensor]], strength: float) -> None:
+        self.adapter, self.strength = adapter, strength
+        self.earlier = {
+            layer: [each[layer].to(down.device) for each in earlier] for layer, down in adapter.down.items()
+        }
+
+    def gradients(self, rows: Sequence[Example], backward: Backward) -> float:
+        """See `Restraint.gradients`; the rows do not matter."""
+        downs = self.adapter.down.items()
+        shared = [orthogonality_penalty(self.earlier[layer], down.float()) for layer, down in downs]
+        penalty = self.strength * torch.stack(shared).sum()
+        backward(penalty)
+        return float(penalty.detach())
+
+
 def make_restraints(
-    stage: Stage, policy: Policy, optimiser: Optimiser, dtype: torch.dtype, device: str
+    stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None, dtype: torch.dtype, device: str
 ) -> list[Restraint]:
     """The restraints of a stage; to be called before a resume point is restored, while the weights are the start's."""
     method = stage.method
@@ -110,4 +136,7 @@ def make_restraints(
         previous = load_policy(stage.parent, dtype=dtype, device=device)
         previous.model.requires_grad_(False)
         restraints.append(Distillation(policy, previous, method.lwf, stage))
+    if adapter is not None and method.lora is not None and method.lora.orthogonality and stage.history:
+        earlier = [read_down(before.artefacts / ADAPTER_NAME) for before in stage.history]
+        restraints.append(Orthogonality(adapter, earlier, method.lora.orthogonality))
     return restraints

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
-from cpt_rft.engines.base import Stage, StepLog
+from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
 from cpt_rft.engines.local.importance import leave_importance
+from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
 from cpt_rft.engines.local.objective import Objective
 from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
+from cpt_rft.seeds import derive_seed
 
 
 class LocalEngine:
@@ -31,11 +33,12 @@ class LocalEngine:
         dtype, device = prepare(stage.engine)
         batches = stage_batches(stage)
         policy = load_policy(stage.parent, device=device)
+        adapter = make_adapter(stage, policy)
         optimiser = Optimiser(
             policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
         )
         objective = make_objective(stage, policy, dtype, device)
-        restraints = make_restraints(stage, policy, optimiser, dtype, device)
+        restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
         journal = Journal(stage, stage_fingerprint(stage, dtype))
         progress = journal.open()
         if progress is not None:
@@ -66,12 +69,22 @@ class LocalEngine:
                 journal.save(Progress(step + 1, optimiser.state()))
         checkpoint = stage.directory / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)  # left by a process that was killed at this very point
-        weights = published_weights(stage, optimiser)
+        weights = published_weights(stage, optimiser, adapter)
         save_checkpoint(weights, checkpoint, source=stage.parent)
+        artefacts = stage.directory / ARTEFACTS_NAME
+        shutil.rmtree(artefacts, ignore_errors=True)
+        if adapter is not None:
+            adapter.save(artefacts / ADAPTER_NAME, optimiser.named_weights())
         if stage.method.ewc is not None:
             optimiser.assign(weights)
             leave_importance(stage, policy, optimiser, stage.method.ewc)
         journal.close()
+
+
+def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
+    """The adapters of a stage that trains nothing else, or none."""
+    settings = stage.method.lora
+    return None if settings is None else Adapter(policy.model, settings, derive_seed(*stage.seed_path, "lora"))
 
 
 def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str) -> Objective:
@@ -87,7 +100,7 @@ def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str
     return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path)
 
 
-def published_weights(stage: Stage, optimiser: Optimiser) -> dict[str, Tensor]:
+def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
     """The float32 weights that the stage hands on, by name.
 
     Raises:
@@ -95,10 +108,13 @@ def published_weights(stage: Stage, optimiser: Optimiser) -> dict[str, Tensor]:
     """
     weights = optimiser.named_weights()
     average = stage.method.average
-    if average is None:
+    if average is None and adapter is None:
         return weights
     start = dict(load_policy(stage.parent).model.named_parameters())
-    return averaged_weights(start, {name: weight.cpu() for name, weight in weights.items()}, average.share)
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    if adapter is not None:
+        weights = adapter.merged(start, weights)
+    return weights if average is None else averaged_weights(start, weights, average.share)
 
 
 def _finite(value: float | None) -> float | None:
