@@ -67,18 +67,22 @@ class LocalEngine:
             report(line)
             if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches):
                 journal.save(Progress(step + 1, optimiser.state()))
-        checkpoint = stage.directory / "checkpoint"
-        shutil.rmtree(checkpoint, ignore_errors=True)  # left by a process that was killed at this very point
-        weights = published_weights(stage, optimiser, adapter)
-        save_checkpoint(weights, checkpoint, source=stage.parent)
-        artefacts = stage.directory / ARTEFACTS_NAME
-        shutil.rmtree(artefacts, ignore_errors=True)
-        if adapter is not None:
-            adapter.save(artefacts / ADAPTER_NAME, optimiser.named_weights())
-        if stage.method.ewc is not None:
-            optimiser.assign(weights)
-            leave_importance(stage, policy, optimiser, stage.method.ewc)
+        _publish(stage, policy, optimiser, adapter)
         journal.close()
+
+
+def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None) -> None:
+    """Write the checkpoint and what later stages need beside it, anew if a process was killed at this very point."""
+    checkpoint, artefacts = stage.directory / "checkpoint", stage.directory / ARTEFACTS_NAME
+    for left in (checkpoint, artefacts):
+        shutil.rmtree(left, ignore_errors=True)
+    weights = published_weights(stage, optimiser, adapter)
+    save_checkpoint(weights, checkpoint, source=stage.parent)
+    if adapter is not None:
+        adapter.save(artefacts / ADAPTER_NAME, optimiser.named_weights())
+    if stage.method.ewc is not None:
+        optimiser.assign(weights)
+        leave_importance(stage, policy, optimiser, stage.method.ewc)
 
 
 def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
