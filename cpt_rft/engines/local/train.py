@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
+from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
@@ -37,7 +38,7 @@ class LocalEngine:
         optimiser = Optimiser(
             policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
         )
-        objective = make_objective(stage, policy, dtype, device)
+        objective = make_objective(stage, policy, batches, dtype, device)
         restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
         journal = Journal(stage, stage_fingerprint(stage, dtype))
         progress = journal.open()
@@ -65,7 +66,7 @@ class LocalEngine:
             )
             journal.write(line)
             report(line)
-            if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches):
+            if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
                 journal.save(Progress(step + 1, optimiser.state()))
         _publish(stage, policy, optimiser, adapter)
         journal.close()
@@ -91,7 +92,9 @@ def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
     return None if settings is None else Adapter(policy.model, settings, derive_seed(*stage.seed_path, "lora"))
 
 
-def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str) -> Objective:
+def make_objective(
+    stage: Stage, policy: Policy, batches: Sequence[Sequence[Example]], dtype: torch.dtype, device: str
+) -> Objective:
     """The objective of a stage; the reference policy is loaded only where it is needed."""
     method = stage.method
     if method.kind == "sft":
@@ -101,7 +104,7 @@ def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str
         directory = stage.base if method.kl_reference == "base" else stage.parent
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
-    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path)
+    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches)
 
 
 def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
