@@ -87,7 +87,10 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dic
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
         "method": dump(chain.method),
-        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+        "engine": {
+            **{"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+            **({"processes": engine.processes} if engine.processes > 1 else {}),
+        },
         "prompt_preset": experiment.data.prompt_preset,
         "seed": chain.seed,
         "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],

@@ -20,6 +20,7 @@ from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, StepResult, chunks
 from cpt_rft.engines.local.observe import OBSERVE_EVERY, GradientMeter, Kind, kind_of, reward_variance
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_blocks
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import Score, reward, score
 from cpt_rft.seeds import derive_seed
@@ -45,6 +46,13 @@ class _Totals:
     gap: float = field(default=0.0)
     meter: GradientMeter | None = None
 
+    def share(self, team: Team) -> None:
+        """Make them those of all processes of the step."""
+        self.loss, self.kl, self.entropy = team.total(self.loss), team.total(self.kl), team.total(self.entropy)
+        self.seen, self.gap = round(team.total(self.seen)), team.largest(self.gap)
+        if self.meter is not None:
+            self.meter.share(team)
+
 
 class GrpoObjective:
     """Rollout, reward, advantage, loss.
@@ -55,6 +63,7 @@ class GrpoObjective:
         method: The method's settings.
         preset: Which prompt suffixes.
         seed_path: Prefix of the rollouts' seeds.
+        team: The processes that share a step.
     """
 
     def __init__(
@@ -64,7 +73,9 @@ class GrpoObjective:
         method: GrpoMethod,
         preset: str,
         seed_path: tuple[str | int, ...],
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.policy, self.method, self.preset, self.seed_path = policy, method, preset, seed_path
         self.network = Network(policy.model)
         self.reference = None if reference is None else Network(reference.model)
@@ -89,8 +100,9 @@ class GrpoObjective:
         flat = [each for group in completions for each in group]
         tokens = sum(len(each.token_ids) for each in flat)
         totals = _Totals(meter=None if step % OBSERVE_EVERY else GradientMeter(self.policy.model, kinds))
-        for part in chunks(groups, self.method.micro_batch):
+        for part in chunks(self.team.mine(groups), self.method.micro_batch):
             self._micro_batch(part, tokens, backward, totals)
+        totals.share(self.team)
         fields = {
             "tokens": tokens,
             "length": tokens / len(flat),
@@ -111,13 +123,18 @@ class GrpoObjective:
 
     def rollout(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:
         """The completions of a step; each prompt's seed depends on the stage, the step and its place in the step."""
+        seeds = [derive_seed(*self.seed_path, "rollout", step, index) for index in range(len(prompts))]
+        return self.team.shared(self._write, list(zip(prompts, seeds, strict=True)))
+
+    def _write(self, asked: Sequence[tuple[EncodedPrompt, int]]) -> list[list[Completion]]:
+        """The completions of some prompts, each with its seed."""
         return generate(
             self.policy,
-            prompts,
+            [prompt for prompt, _ in asked],
             group=self.method.group,
             max_new_tokens=self.method.max_new_tokens,
             temperature=self.method.temperature,
-            seeds=[derive_seed(*self.seed_path, "rollout", step, index) for index in range(len(prompts))],
+            seeds=[seed for _, seed in asked],
         )
 
     def score(self, row: Example, completion: Completion) -> Score:
