@@ -23,6 +23,9 @@ class EngineConfig(Strict):
     """Threads of one worker. Methods and seeds run side by side, so one is usually best."""
     processes: PositiveInt = 1
     """Processes that share each step of a stage, through accelerate; on GPUs each takes one."""
+    gradient_checkpointing: bool = False
+    """Compute decoder layers again in the backward pass instead of keeping their values: the same gradients, less
+    memory, about a third more time in the update."""
     save_every: PositiveInt = 10
     """Steps between two resume points within a stage."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3

@@ -18,7 +18,12 @@ from cpt_rft.manifest import check_checkpoint, differences
 
 CONFIG_NAME = "config.json"
 # These can change between two starts of one run: they decide where and how fast, not what.
-_FREE = frozenset({"output", "workers", "base_model", "engine.save_every", "engine.max_skipped_steps"})
+_FREE = frozenset(
+    {
+        *("output", "workers", "base_model"),
+        *("engine.save_every", "engine.max_skipped_steps", "engine.gradient_checkpointing"),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     dtype, device = prepare(stage.engine, team.rank)
     batches = stage_batches(stage)
     policy = load_policy(stage.parent, device=device)
+    policy.model.model.language_model.gradient_checkpointing = stage.engine.gradient_checkpointing
     adapter = make_adapter(stage, policy)
     skipped = stage.engine.max_skipped_steps
     optimiser = Optimiser(policy.model, stage.method, len(batches), dtype=dtype, max_skipped=skipped, team=team)
