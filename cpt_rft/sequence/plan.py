@@ -183,13 +183,14 @@ def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
 def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
     """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
     stages = sum(len(chain.stages) for chain in chains)
+    left = sum(2 * len(chain.stages) for chain in chains if chain.method.ewc is not None)  # two numbers a weight
     data = experiment.data
     rows = len(experiment.tasks) * (data.train + data.dev + data.test) + len(experiment.evaluation.general) * (
         data.dev + data.test
     )
     records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
     in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
-    return stages * checkpoint_bytes + in_work + rows * ROW_BYTES + records
+    return (stages + left) * checkpoint_bytes + in_work + rows * ROW_BYTES + records
 
 
 def describe(experiment: Experiment, chains: Sequence[Chain]) -> Iterator[tuple[str, str, str, int, int, int]]:
