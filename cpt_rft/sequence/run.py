@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import EngineConfig, parse_engine
 from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import PreparedData, check_prepared, prepare
@@ -80,7 +80,7 @@ def open_session(asked: Experiment, say: Say, *, debug: bool = False) -> Iterato
             def preflight(experiment: Experiment, base: Path) -> EngineConfig:
                 say(f"checking {base} and this machine")
                 order = {"preflight": dump(experiment), "base": str(base)}
-                return EngineConfig.model_validate(pool.ask(order))
+                return parse_engine(pool.ask(order))
 
             run = make_run(directory, asked, preflight, lambda name: say(f"drawing {name}"))
             yield Session(run, asked, pool, say)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
+from cpt_rft.config.engine import LocalConfig
 from cpt_rft.engines.base import Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
@@ -24,11 +25,13 @@ class LocalEngine:
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
-        dtype, device = prepare(stage.engine)
+        engine = stage.engine
+        assert isinstance(engine, LocalConfig)
+        dtype, device = prepare(engine)
         batches = stage_batches(stage)
         policy = load_policy(stage.parent, device=device)
         optimiser = Optimiser(
-            policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
+            policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps
         )
         objective = make_objective(stage, policy, dtype, device)
         journal = Journal(stage, stage_fingerprint(stage, dtype))
@@ -52,7 +55,7 @@ class LocalEngine:
             )
             journal.write(line)
             report(line)
-            if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches):
+            if (step + 1) % engine.save_every == 0 and step + 1 < len(batches):
                 journal.save(Progress(step + 1, optimiser.state()))
         checkpoint = stage.directory / "checkpoint"
         shutil.rmtree(checkpoint, ignore_errors=True)  # left by a process that was killed at this very point
