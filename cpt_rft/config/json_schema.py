@@ -40,7 +40,10 @@ def documents() -> dict[str, dict[str, Any]]:
     del experiment["$defs"]["EvaluationConfig"]["required"]  # the contract may fill it in
     for model in ENGINES.values():
         definition = experiment["$defs"][model.__name__]
-        definition["properties"]["extends"] = {"type": "string", "description": "The configs/engines/*.yaml to start from."}
+        definition["properties"]["extends"] = {
+            "type": "string",
+            "description": "The configs/engines/*.yaml to start from.",
+        }
         definition["required"] = ["name"]
     for unused in ("SftMethod", "GrpoMethod"):
         experiment["$defs"].pop(unused, None)
@@ -48,7 +51,11 @@ def documents() -> dict[str, dict[str, Any]]:
     for definition in method["$defs"].values():
         del definition["properties"]["name"]
         definition["required"].remove("name")
-    return {"experiment.json": experiment, "method.json": method, "engine.json": TypeAdapter(EngineConfig).json_schema()}
+    return {
+        "experiment.json": experiment,
+        "method.json": method,
+        "engine.json": TypeAdapter(EngineConfig).json_schema(),
+    }
 
 
 def _changes() -> dict[str, Any]:

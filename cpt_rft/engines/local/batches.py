@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import read_split
 from cpt_rft.engines.base import Stage
 from cpt_rft.seeds import python_random
+
+T = TypeVar("T")
 
 
 def stage_batches(stage: Stage) -> list[list[Example]]:
@@ -16,10 +19,10 @@ def stage_batches(stage: Stage) -> list[list[Example]]:
     return batches(rows, "+".join(sorted(by_task)), stage.seed, stage.method.epochs, stage.method.prompts_per_step)
 
 
-def batches(rows: Sequence[Example], task: str, seed: int, epochs: int, size: int) -> list[list[Example]]:
+def batches(rows: Sequence[T], task: str, seed: int, epochs: int, size: int) -> list[list[T]]:
     """``epochs`` shuffled passes end to end, cut into batches of ``size``; only the last may be smaller."""
     random = python_random("batches", seed, task)
-    stream: list[Example] = []
+    stream: list[T] = []
     for _ in range(epochs):
         epoch = list(rows)
         random.shuffle(epoch)
