@@ -133,6 +133,15 @@ def verify_weights(directory: Path) -> None:
     _check_names(directory, dict(_stored(directory)), _wanted(directory))
 
 
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Released name and shape of every stored weight, from the headers of the files alone.
+
+    Raises:
+        CheckpointError: A file is missing or truncated.
+    """
+    return dict(_stored(directory))
+
+
 def is_weight_file(path: Path) -> bool:
     """Whether a file of a checkpoint holds weights, or says which file holds which."""
     return path.name == _INDEX or path.suffix in {".safetensors", ".bin", ".pt", ".pth"}

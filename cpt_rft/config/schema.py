@@ -146,6 +146,11 @@ class Experiment(Strict):
         """Every order, `tasks` first."""
         return (self.tasks, *self.orders)
 
+    @property
+    def asked_workers(self) -> Literal["auto"] | int:
+        """Sequences side by side; one by default where the engine takes the whole machine."""
+        return 1 if self.workers == "auto" and self.engine.name != "local" else self.workers
+
     @field_validator("tasks", "seeds")
     @classmethod
     def _no_repeats(cls, value: tuple[T, ...]) -> tuple[T, ...]:
@@ -167,6 +172,9 @@ class Experiment(Strict):
         _check_known("general ability", self.evaluation.general, GENERAL_NAMES[source], at=("evaluation", "general"))
         if source == "hub" and self.evaluation.general and self.evaluation.split != "test":
             raise KeyedError(("evaluation", "general"), "general abilities of the hub have no dev rows")
+        for name, method in self.methods.items():
+            for task in method.task_epochs:
+                _check_known("task", [task], self.tasks, at=("methods", name, "task_epochs"))
         for index, order in enumerate(self.orders):
             if sorted(order) != sorted(self.tasks):
                 raise KeyedError(("orders", index), f"{list(order)} is not a permutation of the tasks")

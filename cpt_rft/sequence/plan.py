@@ -159,7 +159,7 @@ class Cost:
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
     """What training a stage takes; completions count in full length."""
     rows = experiment.data.train * len(stage.tasks)
-    prompts = rows * method.epochs
+    prompts = rows * method.epochs_of(stage.tasks)
     steps = math.ceil(prompts / method.prompts_per_step)
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
@@ -178,15 +178,25 @@ def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     return Cost(rows, 0, rows * PROMPT_TOKENS, written)
 
 
-def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
-    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
+def disk_bytes(
+    experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int, work_bytes: int | None = None
+) -> int:
+    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides.
+
+    Args:
+        experiment: The study.
+        chains: What is to be run.
+        checkpoint_bytes: Size of a checkpoint.
+        workers: Chains side by side.
+        work_bytes: What a stage in work holds; none for four checkpoints, as in the local engine.
+    """
     stages = sum(len(chain.stages) for chain in chains)
     data = experiment.data
     rows = len(experiment.tasks) * (data.train + data.dev + data.test) + len(experiment.evaluation.general) * (
         data.dev + data.test
     )
     records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
-    in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
+    in_work = min(workers, len(chains)) * (4 * checkpoint_bytes if work_bytes is None else work_bytes)
     return stages * checkpoint_bytes + in_work + rows * ROW_BYTES + records
 
 

@@ -58,7 +58,7 @@ class Session:
         work = {job.label: _work(self.run, job) for job in jobs}
         experiment = self.run.experiment
         size = sum(record.size for record in self.run.base.files.values())
-        workers = worker_count(self.asked.workers, len(jobs), experiment.engine.threads, size)
+        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.engine.threads, size)
         ordered = sorted(jobs, key=lambda job: -work[job.label])
         with make_display(work) as display:
             self.pool.run(ordered, workers, display)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cpt_rft.config.engine import EngineConfig, LlamaFactoryConfig
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.engines.base import Stage, StepLog
@@ -17,6 +19,7 @@ from cpt_rft.engines.llamafactory.native import DATA, OUT, command, settings, wo
 from cpt_rft.engines.llamafactory.resume import kept_lines, open_out
 from cpt_rft.engines.llamafactory.rows import WrittenRows, write_rows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
+from cpt_rft.engines.local.runtime import resolve as resolve_device
 from cpt_rft.engines.outside import end_leftovers, running
 from cpt_rft.errors import ConfigError, TrainingError
 from cpt_rft.files import sha256_file
@@ -156,15 +159,21 @@ def resolve(config: EngineConfig) -> EngineConfig:
     """Replace ``auto`` by this machine's GPUs, one process each.
 
     Raises:
-        ConfigError: The environment is missing, or more processes are asked for than there are GPUs.
+        ConfigError: The environment is missing, or more is asked for than there is.
     """
-    from cpt_rft.engines.local.runtime import resolve as resolve_device
-
     assert isinstance(config, LlamaFactoryConfig)
     find_environment(NAME, config.environment)
-    import torch
+    return on_this_machine(config)
 
+
+def on_this_machine(config: LlamaFactoryConfig) -> LlamaFactoryConfig:
+    """The same with ``auto`` replaced.
+
+    Raises:
+        ConfigError: There is no GPU, or there are fewer than processes are asked for.
+    """
     resolved = resolve_device(config)
+    assert isinstance(resolved, LlamaFactoryConfig)
     gpus = torch.cuda.device_count() if resolved.device.startswith("cuda") else 0
     processes = config.processes if config.processes != "auto" else max(1, gpus)
     if gpus and processes > gpus:

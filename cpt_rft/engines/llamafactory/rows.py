@@ -69,7 +69,7 @@ def write_rows(stage: Stage, start: Path, spec: VisionSpec, cutoff: int, target:
     by_task = dict(zip(stage.tasks, stage.data, strict=True))
     rows = [writer.row(row) for task in sorted(by_task) for row in stream_split(by_task[task], decode=False)]
     method = stage.method
-    steps = batches(rows, "+".join(sorted(by_task)), stage.seed, method.epochs, method.prompts_per_step)
+    steps = batches(rows, "+".join(sorted(by_task)), stage.seed, method.epochs_of(stage.tasks), method.prompts_per_step)
     with atomic_path(target / f"{NAME}.json") as path, path.open("w", encoding="utf-8") as file:
         file.write("[")
         for number, row in enumerate(row for step in steps for row in step):

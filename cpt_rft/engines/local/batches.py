@@ -16,7 +16,8 @@ def stage_batches(stage: Stage) -> list[list[Example]]:
     """The rows of each step of a stage: every row once an epoch, in an order that is the same for all methods."""
     by_task = dict(zip(stage.tasks, stage.data, strict=True))
     rows = [row for task in sorted(by_task) for row in read_split(by_task[task])]
-    return batches(rows, "+".join(sorted(by_task)), stage.seed, stage.method.epochs, stage.method.prompts_per_step)
+    epochs = stage.method.epochs_of(stage.tasks)
+    return batches(rows, "+".join(sorted(by_task)), stage.seed, epochs, stage.method.prompts_per_step)
 
 
 def batches(rows: Sequence[T], task: str, seed: int, epochs: int, size: int) -> list[list[T]]:
