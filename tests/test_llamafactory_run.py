@@ -107,8 +107,8 @@ class CountsTheNewline(SftObjective):
         return [*super().target(row), *self.policy.tokenizer.encode(ENDING)[1:]]
 
 
-def test_the_local_engine_and_two_processes_agree_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same start, rows, order, rate, float32: 20 steps. About 90 seconds."""
+def test_the_local_engine_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same start, rows, order, rate, float32: 20 steps. About 30 seconds."""
     method = sft(prompts_per_step=4, micro_batch=4, schedule="cosine")
     framework = make_stage(tmp_path / "framework", method, rows=80)
     theirs = run(framework)
@@ -119,16 +119,24 @@ def test_the_local_engine_and_two_processes_agree_with_one(tmp_path: Path, monke
         assert (mine.step, mine.tokens, mine.lr) == (other.step, other.tokens, pytest.approx(other.lr))
         assert mine.loss == pytest.approx(other.loss, abs=1e-4)
     start, one = weights(BASE), weights(tmp_path / "framework" / "checkpoint")
-    assert apart(weights(tmp_path / "ours" / "checkpoint"), one, start) <= 1e-3
-
-    # Equal targets, so that a mean over micro-batches is the mean over the step.
-    split = sft(prompts_per_step=4, micro_batch=2, schedule="cosine")
-    pair = run(make_stage(tmp_path / "pair", split, rows=80, processes=2))
-    assert [line.tokens for line in pair] == [line.tokens for line in theirs]
-    assert apart(weights(tmp_path / "pair" / "checkpoint"), one, start) <= 0.2
+    gap = apart(weights(tmp_path / "ours" / "checkpoint"), one, start)
+    losses = max(abs(mine.loss - other.loss) for mine, other in zip(ours, theirs, strict=True))
+    print(f"largest gap of a loss {losses:.1e}, of the weights {gap:.1e}")
+    assert gap <= 1e-3
 
     logged = [json.loads(line) for line in (tmp_path / "framework/train/log.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in logged)
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    """The same micro-batches, one after the other or side by side. About 50 seconds."""
+    alone = run(make_stage(tmp_path / "alone", sft(micro_batch=2)))
+    pair = run(make_stage(tmp_path / "pair", sft(micro_batch=2), processes=2))
+    assert [line.loss for line in pair] == pytest.approx([line.loss for line in alone], abs=1e-4)
+    one, other = (weights(tmp_path / name / "checkpoint") for name in ("alone", "pair"))
+    gap = apart(one, other, weights(BASE))
+    print(f"two processes: {gap:.1e}")
+    assert gap <= 1e-3
 
 
 def test_adapters_are_merged_and_another_pixel_budget_reaches_the_checkpoint(tmp_path: Path) -> None:

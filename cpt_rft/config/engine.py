@@ -25,6 +25,11 @@ class _Engine(Strict):
     threads: PositiveInt = 1
     """Threads of one worker. Methods and seeds run side by side, so one is usually best."""
 
+    @property
+    def pixel_limits(self) -> tuple[int | None, int | None]:
+        """Least and largest area of a picture, where they are not the base checkpoint's own."""
+        return None, None
+
     def identity(self) -> dict[str, Any]:
         """The part that decides a stage's weights, as plain JSON."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in self.FREE}
@@ -95,6 +100,11 @@ class LlamaFactoryConfig(_Engine):
     """Steps between two resume points within a stage."""
     workers_a_process: Annotated[int, Field(ge=0)] = 0
     """Processes that prepare pictures for each training process."""
+
+    @property
+    def pixel_limits(self) -> tuple[int | None, int | None]:
+        """Least and largest area of a picture, where they are not the base checkpoint's own."""
+        return self.min_pixels, self.max_pixels
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

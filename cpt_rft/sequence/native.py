@@ -23,10 +23,10 @@ def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> 
     if not isinstance(engine, LlamaFactoryConfig):
         return {}
     from cpt_rft.engines.environment import find_environment
-    from cpt_rft.engines.llamafactory.engine import on_this_machine, supported_method
+    from cpt_rft.engines.llamafactory.engine import planned, supported_method
     from cpt_rft.engines.llamafactory.native import accumulation, shown, world
 
-    engine = on_this_machine(engine)
+    engine = planned(engine)
     methods = {chain.method.name: supported_method(chain.method) for chain in chains}
     try:
         environment = str(find_environment("llamafactory", engine.environment))

@@ -10,10 +10,10 @@ from cpt_rft.config.methods import GrpoMethod, MethodConfig
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
+from cpt_rft.sequence.measure import rows_and_tokens
 
 JOINT_STAGE = "multitask"
 # Estimates only; nothing depends on them but what `plan` prints and how far a progress bar moves.
-PROMPT_TOKENS = 48
 LABEL_TOKENS = {"direct": 4, "cot": 24}
 RECORD_BYTES = 600
 ROW_BYTES = 4096
@@ -158,24 +158,26 @@ class Cost:
 
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
     """What training a stage takes; completions count in full length."""
-    rows = experiment.data.train * len(stage.tasks)
-    prompts = rows * method.epochs_of(stage.tasks)
+    rows, read = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    epochs = method.epochs_of(stage.tasks)
+    prompts, read = rows * epochs, read * epochs
     steps = math.ceil(prompts / method.prompts_per_step)
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
-        return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
-    return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+        return Cost(rows, steps, read + completions, completions)
+    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style], 0)
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     """What scoring one checkpoint on everything takes; the base model is sampled too."""
     evaluation = experiment.evaluation
     there: int = getattr(experiment.data, evaluation.split)
-    rows_a_task = min(evaluation.rows or there, there)
-    rows = rows_a_task * (len(experiment.tasks) + len(evaluation.general)) * len(evaluation.styles)
+    names = (*experiment.tasks, *evaluation.general)
+    rows, read = rows_and_tokens(experiment.data, names, evaluation.split, min(evaluation.rows or there, there))
+    rows, read = rows * len(evaluation.styles), read * len(evaluation.styles)
     written = sum(min(evaluation.max_new_tokens, LABEL_TOKENS[style]) for style in evaluation.styles)
     written = written * rows // len(evaluation.styles) * (1 + evaluation.base_samples * base)
-    return Cost(rows, 0, rows * PROMPT_TOKENS, written)
+    return Cost(rows, 0, read, written)
 
 
 def disk_bytes(

@@ -14,6 +14,7 @@ from cpt_rft.errors import UserError
 from cpt_rft.files import list_tree
 from cpt_rft.manifest import code_sha256
 from cpt_rft.sequence.lineage import is_evaluated, survey
+from cpt_rft.sequence.measure import measured
 from cpt_rft.sequence.native import native_lines, native_plan
 from cpt_rft.sequence.plan import Chain, Selection, describe, disk_bytes
 from cpt_rft.sequence.pool import worker_count
@@ -39,6 +40,7 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
         "workers": workers,
         "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, outside.get("work_bytes")),
         "disk_free_bytes": shutil.disk_usage(existing).free,
+        "guessed": not measured(experiment.data, experiment.tasks),
         "stages": [dict(zip(keys, row, strict=True)) for row in describe(experiment, chains)],
         **({"native": outside} if outside else {}),
     }
@@ -64,6 +66,8 @@ def plan_table(result: Json) -> tuple[Table, str]:
         f" {result['workers']} side by side;"
         f" disk at the peak about {_mib(result['disk_peak_bytes'])}, free {_mib(result['disk_free_bytes'])}"
     )
+    if result["guessed"]:
+        line += "; rows and tokens are guesses until the data is prepared"
     return table, "\n".join([line, *native_lines(result.get("native", {}))])
 
 

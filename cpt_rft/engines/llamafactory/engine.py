@@ -181,3 +181,20 @@ def on_this_machine(config: LlamaFactoryConfig) -> LlamaFactoryConfig:
             f"engine.processes is {processes}, but this machine has {gpus} GPUs.", "use at most that many"
         )
     return resolved.model_copy(update={"processes": processes})
+
+
+def planned(config: LlamaFactoryConfig) -> LlamaFactoryConfig:
+    """The same with ``auto`` replaced, for a plan: a machine without GPUs may plan for one that has them.
+
+    Raises:
+        ConfigError: How many processes there will be is left to GPUs that are not here.
+    """
+    if not config.device.startswith("cuda") or torch.cuda.is_available():
+        return on_this_machine(config)
+    if config.processes == "auto":
+        raise ConfigError(
+            "engine.processes is auto, one process a GPU, but this machine has no GPU to count.",
+            "say engine.processes=N to plan for a machine with N GPUs",
+        )
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    return config.model_copy(update={"dtype": dtype})
