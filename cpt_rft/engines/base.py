@@ -82,6 +82,8 @@ class StepLog:
         tokens: Target or completion tokens in the loss.
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
+        rollout_gap_mean: Mean of that difference.
+        rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
         replayed: Rows of earlier tasks in the step.
         penalty: What holds the model back, summed, as it was differentiated beside the loss.
         reward_variance: Mean over prompts of the unbiased variance of the rewards of a prompt's completions.
@@ -110,6 +112,8 @@ class StepLog:
     zero_variance: float | None = None
     entropy: float | None = None
     rollout_gap: float | None = None
+    rollout_gap_mean: float | None = None
+    rounded_groups: int | None = None
     replayed: int | None = None
     penalty: float | None = None
     reward_variance: float | None = None

@@ -1,6 +1,6 @@
 """What explains forgetting, seen while training: how hard each kind of group pulls at the weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -41,17 +41,13 @@ class GradientMeter:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.sums: dict[Kind, Tensor | None] = {kind: None for kind in KINDS if kind in kinds}
 
-    def add(self, loss_N: Tensor, kinds_N: Sequence[Kind], tokens: int) -> None:
+    def add(self, losses: Mapping[Kind, Tensor]) -> None:
         """The share of a micro-batch, before its graph is used for the update.
 
         Args:
-            loss_N: Loss of each completion token.
-            kinds_N: Kind of the group of each token.
-            tokens: Completion tokens of the whole step.
+            losses: The share of each kind's groups in the loss of the step.
         """
-        for kind in dict.fromkeys(kinds_N):
-            chosen_N = torch.tensor([each == kind for each in kinds_N], device=loss_N.device)
-            loss = torch.where(chosen_N, loss_N, torch.zeros_like(loss_N)).sum() / tokens
+        for kind, loss in losses.items():
             parts = torch.autograd.grad(loss, self.weights, retain_graph=True, materialize_grads=True)
             flat = torch.cat([part.float().flatten() for part in parts])
             before = self.sums[kind]

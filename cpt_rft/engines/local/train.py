@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
 from cpt_rft.config.engine import LocalConfig
+from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
@@ -51,7 +52,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     optimiser = Optimiser(
         policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps, team=team
     )
-    objective = make_objective(stage, policy, dtype, device, team)
+    objective = make_objective(stage, policy, batches, dtype, device, team)
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, stage_fingerprint(stage, dtype))
     begin = _resume(journal, optimiser, team)
@@ -79,7 +80,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             continue
         journal.write(line)
         report(line)
-        if (step + 1) % engine.save_every == 0 and step + 1 < len(batches):
+        if (step + 1) % engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
             journal.save(Progress(step + 1, optimiser.state()))
     if team.leads:
         _publish(stage, policy, optimiser, adapter)
@@ -123,7 +124,14 @@ def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
     return None if settings is None else Adapter(policy.model, settings, derive_seed(*stage.seed_path, "lora"))
 
 
-def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str, team: Team = ALONE) -> Objective:
+def make_objective(
+    stage: Stage,
+    policy: Policy,
+    batches: Sequence[Sequence[Example]],
+    dtype: torch.dtype,
+    device: str,
+    team: Team = ALONE,
+) -> Objective:
     """The objective of a stage; the reference policy is loaded only where it is needed."""
     method = stage.method
     if method.kind == "sft":
@@ -133,7 +141,7 @@ def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str
         directory = stage.base if method.kl_reference == "base" else stage.parent
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
-    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, team)
+    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches, team)
 
 
 def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
