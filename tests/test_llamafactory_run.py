@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from cpt_rft.checkpoint import load_policy
-from cpt_rft.config.engine import DeepSpeed
+from cpt_rft.config.engine import DeepSpeed, LlamaFactoryConfig, parse_engine
 from cpt_rft.engines.base import Stage, StepLog, get_engine
+from cpt_rft.engines.llamafactory.estimate import Shape, state_bytes
 from cpt_rft.engines.llamafactory.native import DEEPSPEED_FILES
 from cpt_rft.engines.llamafactory.rows import ENDING
 from cpt_rft.engines.llamafactory.watch import check_zero
@@ -174,3 +175,26 @@ def test_deepspeed_takes_our_file_for_offload(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stage 3 loss") == 2
     check_zero(done.stdout, "zero3_offload")
+
+
+def test_the_estimate_of_states_is_deepspeeds_own() -> None:
+    """About 10 seconds."""
+    program = (
+        "from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three;"
+        "from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two;"
+        "import json; print(json.dumps([*two(8_000_000_000, 8, 2, cpu_offload=False),"
+        " *three(8_000_000_000, 545_000_000, 8, 2, cpu_offload=False, cpu_offload_params=False)[:2],"
+        " *three(8_000_000_000, 545_000_000, 8, 2)[:2]]))"
+    )
+    done = subprocess.run(
+        [str(environment() / "bin/python"), "-c", program], capture_output=True, text=True, check=True
+    )
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    shape = Shape(8_000_000_000, 545_000_000, 28, 3584, 18944, 512, 152064, 32, 1280, 3420, 4)
+    settings = {"name": "llamafactory", "device": "cpu", "processes": 8, "nodes": 2, "launcher": ["srun"]}
+    ours = []
+    for name in ("zero2", "zero3", "zero3_offload"):
+        engine = parse_engine({**settings, "deepspeed": name})
+        assert isinstance(engine, LlamaFactoryConfig)
+        ours += reversed(state_bytes(engine, shape))
+    assert ours == theirs
