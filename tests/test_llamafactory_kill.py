@@ -42,7 +42,7 @@ def start(place: Path) -> "subprocess.Popen[str]":
 
 def finish(place: Path) -> tuple[int, str]:
     driver = start(place)
-    _, error = driver.communicate(timeout=300)
+    _, error = driver.communicate(timeout=900)
     return driver.returncode, error
 
 
@@ -71,7 +71,7 @@ def kill_somewhere(place: Path, dice: random.Random, trainer: bool) -> bool:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
             hit = True
-    _, error = driver.communicate(timeout=300)
+    _, error = driver.communicate(timeout=900)
     deadline = time.monotonic() + 20
     while keeper.marked(mark_of(directory)):
         assert time.monotonic() < deadline, "the framework outlives its driver"
