@@ -90,7 +90,7 @@ class StepLog:
         all_right: Share of groups whose completions are all right by the strict score.
         all_wrong: Share of groups whose completions are all wrong by it.
         grad_norm_right: Norm of the share of the all-right groups in the gradient, where there are any; in the first
-            step of a stage and every tenth after it.
+            step of a stage and every twentieth after it.
         grad_norm_mixed: The same of the groups with right and wrong completions.
         grad_norm_wrong: The same of the all-wrong groups.
     """

@@ -13,7 +13,7 @@ Kind = Literal["right", "mixed", "wrong"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Steps from one measurement of the gradient by kind of group to the next, the first of a stage included. It takes a
 #: backward pass of its own for each kind that is there, which leaves the update's bits alone.
-OBSERVE_EVERY = 10
+OBSERVE_EVERY = 20
 
 
 def kind_of(scores: Iterable[Score]) -> Kind:
