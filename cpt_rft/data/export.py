@@ -69,8 +69,11 @@ def ground_truth(row: Example) -> str:
 
     >>> ground_truth(Example("a/test/1", "a", "test", (), (), "1+1?", "2", ("2", "two"), "number"))
     '{"answer": "2", "id": "a/test/1", "kind": "number", "references": ["2", "two"], "task": "a"}'
+
+    The texts of lettered options stand beside it where a row has them.
     """
     known = {"id": row.id, "task": row.task, "kind": row.kind, "answer": row.answer, "references": row.references}
+    known |= {"options": row.options} if row.options else {}
     return json.dumps(known, sort_keys=True, ensure_ascii=False)
 
 

@@ -174,6 +174,7 @@ class GrpoObjective:
             kind=row.kind,
             style=self.method.style,
             truncated=completion.finish == "length",
+            options=row.options,
         )
 
     def _roll_out(self, step: int, batches: Sequence[Sequence[Example]]) -> list[Rollout]:
