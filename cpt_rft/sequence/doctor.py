@@ -12,8 +12,8 @@ from cpt_rft.config.engine import LlamaFactoryConfig
 from cpt_rft.config.load import find_directory
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
-from cpt_rft.sequence.measure import measured
 from cpt_rft.sequence.plan import Selection
+from cpt_rft.sequence.sizes import measured
 from cpt_rft.sequence.status import plan
 
 SHARED_BYTES = 1 << 30  # what data loaders and NCCL of one machine want of /dev/shm
