@@ -4,7 +4,7 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -100,6 +100,9 @@ class Restrained(Strict):
     lora: Lora | None = None
     """Low-rank adapters instead of all weights."""
 
+    further_parts: ClassVar[tuple[str, ...]] = ()
+    """Other keys that a dump leaves out where they are null, so that files without them keep their identity."""
+
     @property
     def adapter_per_task(self) -> bool:
         """Whether every task has weights of its own, picked by its name at evaluation."""
@@ -132,5 +135,5 @@ class Restrained(Strict):
 
     @model_serializer(mode="wrap")
     def _only_what_is_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        parts = Restrained.model_fields
+        parts = {*Restrained.model_fields, *self.further_parts}
         return {key: value for key, value in dump(self).items() if key not in parts or value is not None}

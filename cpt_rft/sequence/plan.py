@@ -165,7 +165,9 @@ def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan
     if method.replay is not None and stage.index > 1:
         prompts += steps * method.replay.rows_per_step
     if isinstance(method, GrpoMethod):
-        completions = prompts * method.group * method.max_new_tokens
+        group = method.group + (method.advantage == "remax") + (method.prefix is not None)
+        tries = rows * method.curriculum.rollouts if method.curriculum else 0
+        completions = (prompts * group + tries) * method.max_new_tokens
         return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
     return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
 
