@@ -49,7 +49,7 @@ class Rollout(NamedTuple):
     fields: dict[str, Any]
 
 
-class _Sampled(NamedTuple):
+class SampledRows(NamedTuple):
     """The completions of one step's prompts and their scores, before they are compared."""
 
     rows: Sequence[Example]
@@ -73,8 +73,8 @@ class _Totals:
     def share(self, team: Team) -> None:
         """Make them those of all processes of the step."""
         self.loss, self.kl, self.entropy = team.total(self.loss), team.total(self.kl), team.total(self.entropy)
-        self.gap_sum, self.gap = team.total(self.gap_sum), team.largest(self.gap)
-        self.seen = round(team.total(self.seen))
+        self.seen, self.gap = round(team.total(self.seen)), team.largest(self.gap)
+        self.gap_sum = team.total(self.gap_sum)
         if self.meter is not None:
             self.meter.share(team)
 
@@ -102,9 +102,8 @@ class GrpoObjective:
         batches: Sequence[Sequence[Example]] = (),
         team: Team = ALONE,
     ) -> None:
-        self.team = team
         self.policy, self.method, self.preset, self.seed_path = policy, method, preset, seed_path
-        self.batches = batches
+        self.batches, self.team = batches, team
         self.network = Network(policy.model)
         self.reference = None if reference is None else Network(reference.model)
         self.banned = suppression(policy, self.network.device)
@@ -166,6 +165,13 @@ class GrpoObjective:
             seeds=[seed for _, seed in asked],
         )
 
+    def tries(self, number: int, place: int, rows: Sequence[Example]) -> list[list[Score]]:
+        """Scores of one group of completions of each row, from seeds that no step uses."""
+        prompts = self._prompts(rows)
+        seeds = [derive_seed(*self.seed_path, "try", number, place, index) for index in range(len(rows))]
+        groups = self.team.shared(self._write, list(zip(prompts, seeds, strict=True)))
+        return [[self.score(row, each) for each in group] for row, group in zip(rows, groups, strict=True)]
+
     def score(self, row: Example, completion: Completion) -> Score:
         """Score a completion exactly as evaluation does."""
         return score(
@@ -187,11 +193,7 @@ class GrpoObjective:
         completions = [group for each in sampled for group in each.completions]
         reference = None
         if self.reference is not None and self.method.kl_in == "reward":
-            reference = [
-                values_N
-                for part in chunks(list(zip(prompts, completions, strict=True)), self.method.micro_batch)
-                for values_N in self._reference_groups(part)
-            ]
+            reference = self.team.shared(self._reference_groups, list(zip(prompts, completions, strict=True)))
         advantages, rounded = token_advantages(
             self.method,
             rewards_PG,
@@ -209,16 +211,16 @@ class GrpoObjective:
         rollouts, start = [], 0
         for each in sampled:
             stop = start + len(each.prompts)
-            fields = _fields(each, rewards_PG[start:stop]) | {"rounded_groups": rounded}
+            fields = step_fields(each, rewards_PG[start:stop]) | {"rounded_groups": rounded}
             rollouts.append(Rollout(groups[start:stop], fields))
             start = stop
         return rollouts
 
-    def _sample(self, step: int, rows: Sequence[Example]) -> _Sampled:
+    def _sample(self, step: int, rows: Sequence[Example]) -> SampledRows:
         prompts = self._prompts(rows)
         completions = self.rollout(step, prompts)
         scores = [[self.score(row, each) for each in group] for row, group in zip(rows, completions, strict=True)]
-        return _Sampled(rows, prompts, completions, scores)
+        return SampledRows(rows, prompts, completions, scores)
 
     def _rewards(self, rows: Sequence[Example], scores: Sequence[Sequence[Score]]) -> Tensor:
         """Rewards (P, G) of scored completions.
@@ -242,13 +244,12 @@ class GrpoObjective:
 
     def _greedy_rewards(self, rows: Sequence[Example], prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Reward of the likeliest completion of each prompt, (P,)."""
-
-        def write(asked: Sequence[EncodedPrompt]) -> list[list[Completion]]:
-            return generate(self.policy, asked, max_new_tokens=self.method.max_new_tokens, temperature=0.0)
-
-        greedy = self.team.shared(write, prompts)
+        greedy = self.team.shared(self._write_greedily, prompts)
         scores = [[self.score(row, group[0])] for row, group in zip(rows, greedy, strict=True)]
         return self._rewards(rows, scores)[:, 0]
+
+    def _write_greedily(self, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:
+        return generate(self.policy, prompts, max_new_tokens=self.method.max_new_tokens, temperature=0.0)
 
     def _prompts(self, rows: Sequence[Example]) -> list[EncodedPrompt]:
         texts = [(row.images, user_text(row, self.method.style, self.preset)) for row in rows]
@@ -316,9 +317,13 @@ class GrpoObjective:
             return torch.cat(known)
         return None if self.reference is None else self._reference_logprobs(contexts, blocks)
 
-    def _reference_groups(self, parts: Sequence[tuple[EncodedPrompt, list[Completion]]]) -> Sequence[Tensor]:
-        logprobs_N = self._reference_logprobs(*self._pack(parts))
-        return logprobs_N.split([sum(len(each.token_ids) for each in group) for _, group in parts])
+    def _reference_groups(self, groups: Sequence[tuple[EncodedPrompt, list[Completion]]]) -> list[Tensor]:
+        """Log-probabilities of each group's tokens under the reference, (N,)."""
+        found: list[Tensor] = []
+        for part in chunks(groups, self.method.micro_batch):
+            counts = [sum(len(each.token_ids) for each in group) for _, group in part]
+            found += self._reference_logprobs(*self._pack(part)).split(counts)
+        return found
 
     @torch.no_grad()
     def _reference_logprobs(self, contexts: Contexts, blocks: Blocks) -> Tensor:
@@ -333,7 +338,7 @@ def policy_loss(method: GrpoMethod) -> PolicyLoss:
     return replace(find_loss(method.loss), **{key: part for key, part in parts.items() if part is not None})
 
 
-def _fields(sampled: _Sampled, rewards_PG: Tensor) -> dict[str, Any]:
+def step_fields(sampled: SampledRows, rewards_PG: Tensor) -> dict[str, Any]:
     """What the log says of the completions of a step."""
     flat = [each for group in sampled.completions for each in group]
     scores = [each for group in sampled.scores for each in group]
