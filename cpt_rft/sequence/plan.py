@@ -167,7 +167,9 @@ def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan
         extra = steps * method.replay.rows_per_step
         prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
-        completions = prompts * method.group * method.max_new_tokens
+        group = method.group + (method.advantage == "remax") + (method.prefix is not None)
+        tries = rows * method.curriculum.rollouts if method.curriculum else 0
+        completions = (prompts * group + tries) * method.max_new_tokens
         return Cost(rows, steps, read + completions, completions)
     return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style], 0)
 
