@@ -21,8 +21,7 @@ for name, value in {
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
-collect_ignore = ["engine_envs"]  # programs for the environments of other engines
-
+collect_ignore = ["engine_envs"]  # they import what only an engine's environment has
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 

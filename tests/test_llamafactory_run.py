@@ -170,6 +170,9 @@ def test_deepspeed_takes_our_file_for_offload(tmp_path: Path) -> None:
     program = ROOT / "tests/engine_envs/deepspeed_initialize.py"
     command = [str(environment() / "bin/torchrun"), "--standalone", "--nproc_per_node", "2", str(program)]
     variables = {**os.environ, "PATH": f"{environment() / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    variables["TORCH_EXTENSIONS_DIR"] = str(
+        tmp_path
+    )  # the lock of a build that was killed would be waited for for ever
     files = [str(DEEPSPEED_FILES / "zero3_offload.json"), str(BASE)]
     done = subprocess.run([*command, *files], capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
