@@ -101,10 +101,10 @@ def state_of_the_tree() -> str:
         return "unknown"
 
 
-def page(results: Path = RESULTS) -> str:
+def page() -> str:
     """The README of all campaigns that are kept."""
     sections = [HEAD]
-    for path in sorted(results.glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
         kept = json.loads(path.read_text())
         machine = kept["machine"]
         sections.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FAST, FULL, CAMPAIGN = 150, 2_000, 100_000
+FAST, FULL, BUSY, CAMPAIGN = 150, 2_000, 8_000, 100_000  # busy: for a machine that has other work
 GROWTH_MIB = 40.0  # the store of compared pairs fills up; a leak of one response in a hundred would be more
 
 
@@ -18,6 +18,7 @@ GROWTH_MIB = 40.0  # the store of compared pairs fills up; a leak of one respons
     [
         FAST,
         pytest.param(FULL, marks=pytest.mark.full),
+        pytest.param(BUSY, marks=pytest.mark.campaign(name="fuzz_scoring_8000")),
         pytest.param(CAMPAIGN, marks=pytest.mark.campaign(name="fuzz_scoring")),
     ],
 )

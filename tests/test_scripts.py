@@ -187,7 +187,9 @@ def test_each_script_gives_its_command(machine, script, arguments, commands):
         assert all("=" in override for override in overrides)
 
 
-@pytest.mark.parametrize("script", ["train_task.sh", "evaluate.sh", "run_sequence.sh", "report.sh", "prepare_data.sh"])
+@pytest.mark.parametrize(
+    "script", ["train_task.sh", "evaluate.sh", "run_sequence.sh", "report.sh", "prepare_data.sh", "campaign.sh"]
+)
 def test_without_arguments_a_script_prints_its_usage(machine, script):
     result = machine.run(script)
     assert result.returncode == 2
