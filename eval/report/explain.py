@@ -29,8 +29,9 @@ def scatters(results: Json, arms: Sequence[Series], score: str) -> Figure | None
     caption = (
         "Each mark is one stage of one sequence: across, what was measured; up, how the score on the old tasks changed"
         f" ({SCORE_NAMES[score]}, points), below zero where they were forgotten. \N{GREEK SMALL LETTER RHO} is"
-        " Spearman's rank correlation, with a 95 % interval where sequences allow one. Correlation only: stage, method"
-        " and prompt style move both sides, so what holds within a method (in the numbers) says more than what holds over all."
+        " Spearman's rank correlation, with a 95 % interval where there are at least four sequences. Correlation only:"
+        " stage, method and prompt style move both sides, so what holds within a method (in the numbers) says more than"
+        " what holds over all."
     )
     return Figure(tuple(drawings), caption, relation_sheet(results))
 
