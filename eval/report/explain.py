@@ -60,7 +60,7 @@ def _panel(results: Json, arms: Sequence[Series], cause: Cause, entry: Json, sco
     for arm, value, change in dots:
         svg.marker(x(math.log10(value) if wide else value), y(change), arm.shape, 3.2, f"scatter {arm.style}")
     svg.text(0, 12, name, "panel")
-    svg.text(0, 29, f"{EFFECT_NAMES[cause.effect]}, points; {found}")
+    svg.text(0, 29, f"{EFFECT_NAMES[cause.effect]}; {found}")
     svg.text((36 + width - 10) / 2, height - 6, f"{_unit(cause)}{', logarithmic' * wide}", "", "middle")
     return svg.done()
 
