@@ -108,10 +108,12 @@ class Count:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[Sequence[str]] = []
+        self.writers: list[str] = []
         sample = Model.sample
 
         def counted(model: Model, prompts: Any, rows: Any, group: int, purpose: str) -> Any:
             self.rows.append([row.task for row in rows])
+            self.writers.append(model.sha256)
             return sample(model, prompts, rows, group, purpose)
 
         monkeypatch.setattr(Model, "sample", counted)
@@ -126,6 +128,7 @@ def test_what_is_there_is_not_measured_again(
     measure_drift(models, one, tmp_path, CONFIG)
     before = drift_path(tmp_path, TASK).read_bytes()
     assert len(count.rows) == 6 and set(map(tuple, count.rows)) == {(TASK,) * 3, (TASK,)}
+    assert count.writers == [f"hash of {name}" for name in ("model", "base", "start")] * 2  # each is a first once
     count.rows.clear()
     measure_drift(models, {**one, **other}, tmp_path, CONFIG)
     assert {task for rows in count.rows for task in rows} == {"mini_superclevr"}

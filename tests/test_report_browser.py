@@ -64,6 +64,16 @@ def test_text_in_figures_is_legible_on_a_phone(browser: Browser, page: Path) -> 
     assert smallest >= 8.5
 
 
+def test_no_text_leaves_its_panel(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280, "light")
+    outside = browser.evaluate(
+        """[...document.querySelectorAll("#explained figure svg text")].filter((t) => t.getClientRects().length)
+        .filter((t) => { const s = t.ownerSVGElement.getBoundingClientRect(), r = t.getBoundingClientRect();
+          return r.right > s.right + 1 || r.left < s.left - 1; }).map((t) => t.textContent)"""
+    )
+    assert outside == []
+
+
 def test_switches_work(browser: Browser, page: Path) -> None:
     browser.open(page, 1280, "light")
     browser.evaluate('document.getElementById("theme").click()')

@@ -29,8 +29,8 @@ def scatters(results: Json, arms: Sequence[Series], score: str) -> Figure | None
     caption = (
         "Each mark is one stage of one sequence: across, what was measured; up, how the score on the old tasks changed"
         f" ({SCORE_NAMES[score]}, points), below zero where they were forgotten. \N{GREEK SMALL LETTER RHO} is"
-        " Spearman's rank correlation, with a 95 % interval where sequences allow one. Correlation only: stage,"
-        " method and prompt style move both sides, so what holds within a method (in the numbers) says more than"
+        " Spearman's rank correlation, with a 95 % interval where there are at least four sequences. Correlation only:"
+        " stage, method and prompt style move both sides, so what holds within a method (in the numbers) says more than"
         " what holds over all."
     )
     return Figure(tuple(drawings), caption, relation_sheet(results))
@@ -60,7 +60,7 @@ def _panel(results: Json, arms: Sequence[Series], cause: Cause, entry: Json, sco
     for arm, value, change in dots:
         svg.marker(x(math.log10(value) if wide else value), y(change), arm.shape, 3.2, f"scatter {arm.style}")
     svg.text(0, 12, name, "panel")
-    svg.text(0, 29, f"{EFFECT_NAMES[cause.effect]}, points; {found}")
+    svg.text(0, 29, f"{EFFECT_NAMES[cause.effect]}; {found}")
     svg.text((36 + width - 10) / 2, height - 6, f"{_unit(cause)}{', logarithmic' * wide}", "", "middle")
     return svg.done()
 
