@@ -72,9 +72,9 @@ def generate(
     lengths = torch.full((len(rows),), max_new_tokens, device=device)
     stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        column = contexts.width + step
-        bias = state.bias[:, :, : column + 1]
-        logits = network.decode(state.tokens, state.positions + step, state.caches, column, bias).float() + banned
+        bias = state.bias[..., : contexts.width + step + 1]
+        logits = network.decode(state.tokens, state.positions + step, state.contexts, state.own, step, bias)
+        logits = logits.float() + banned
         tokens, chosen = _choose(logits, temperature, top_p, None if draws is None else draws[state.alive, step])
         # Without numbers there is no choice: the completion ends, and the loss on it is not finite either.
         tokens = torch.where(chosen.isnan(), ends[0], tokens)
@@ -84,9 +84,10 @@ def generate(
         finished = state.alive[ended]
         lengths[finished], stopped[finished] = step + 1, True
         going = ~stopped[state.alive]
-        if not bool(going.any()):
+        following = state.advance(tokens, going)
+        if following is None:
             break
-        state = state.advance(tokens, going)
+        state = following
     return _completions(written, logprobs, lengths, stopped, group)
 
 
@@ -104,16 +105,17 @@ def _completions(
 
 def _begin(network: Network, contexts: Contexts, group: int, room: int) -> "_Decoding":
     """Every completion before its first token, ``group`` a prompt; each prompt is computed once."""
-    device = contexts.ids.device
-    rows = torch.arange(contexts.rows, device=device).repeat_interleave(group)
+    device, rows = contexts.ids.device, contexts.rows
     columns = torch.arange(contexts.width + room, device=device)
-    empty = columns < (contexts.width - contexts.lengths)[rows, None]
+    empty = columns < (contexts.width - contexts.lengths)[:, None]
+    bias = torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))
     return _Decoding(
-        alive=torch.arange(len(rows), device=device),
-        caches=[cache.select(rows) for cache in network.prefill(contexts, room)],
-        bias=torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))[:, None],
-        positions=contexts.last_positions[rows],
-        tokens=contexts.last_ids[rows],
+        alive=torch.arange(rows * group, device=device),
+        contexts=network.prefill(contexts),
+        own=network.empty(rows, group, room),
+        bias=bias[:, None, None, None, None],
+        positions=contexts.last_positions.repeat_interleave(group),
+        tokens=contexts.last_ids.repeat_interleave(group),
     )
 
 
@@ -132,25 +134,49 @@ def end_token_ids(policy: Policy, device: str | torch.device = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """The completions in the batch: those still being written, and a few that are done."""
+    """The completions in the batch, equally many a prompt: those still being written, and a few that are done.
+
+    Attributes:
+        alive: (R * G,) their places among all completions.
+        contexts: Keys and values of their prompts, one cache a layer.
+        own: Keys and values of what they wrote, one cache a layer.
+        bias: (R, 1, 1, 1, 1, columns) zero on real columns, -inf on padding.
+        positions: (R * G,) rotary position of the first token after the context.
+        tokens: (R * G,) the token to be read next.
+    """
 
     alive: Tensor
-    caches: list[Cache]
+    contexts: list[Cache]
+    own: list[Cache]
     bias: Tensor
     positions: Tensor
     tokens: Tensor
 
-    def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding":
-        """The state for the next token. Rows that are done leave once they are many enough to be worth a copy."""
-        if going.double().mean() > KEEP_ABOVE:
+    def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding | None":
+        """The state for the next token, or none if nothing is going on.
+
+        Completions that are done leave once they are many enough to be worth a copy. Prompts keep equally many, so
+        one may keep a completion that is done; what it writes from then on is not read.
+        """
+        prompts = len(self.bias)
+        going_RG = going.view(prompts, -1)
+        left_R = going_RG.sum(-1)
+        rows, group = torch.stack([(left_R > 0).sum(), left_R.max()]).tolist()
+        if rows * group > KEEP_ABOVE * going.numel():
             return replace(self, tokens=tokens)
-        rows = going.nonzero().squeeze(1)
+        if not rows:
+            return None
+        kept = torch.argsort((left_R == 0).int(), stable=True)[:rows]
+        within = torch.argsort((~going_RG[kept]).int(), dim=-1, stable=True)[:, :group]
+        places = kept[:, None] * going_RG.shape[1] + within
+        flat = places.flatten()
         return _Decoding(
-            alive=self.alive[rows],
-            caches=[cache.select(rows) for cache in self.caches],
-            bias=self.bias[rows],
-            positions=self.positions[rows],
-            tokens=tokens[rows],
+            alive=self.alive[flat],
+            contexts=[cache.select_contexts(kept) for cache in self.contexts] if rows < prompts else self.contexts,
+            own=[cache.select_completions(places) for cache in self.own],
+            bias=self.bias[kept],
+            positions=self.positions[flat],
+            tokens=tokens[flat],
         )
 
 
