@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cpt_rft.checkpoint import EncodedPrompt
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_contexts
-from cpt_rft.engines.local.vision import VisionTower, rms_norm, rotate, swiglu
+from cpt_rft.engines.local.vision import VisionTower, attend, rms_norm, rotate, swiglu
 from cpt_rft.errors import CheckpointError
 
 
@@ -231,7 +231,7 @@ class _Plan:
         visible = real[:, None] & (columns <= columns[:, None])
         # A padded query row sees itself, so that its softmax is finite; nothing reads it.
         visible |= torch.eye(contexts.width, dtype=torch.bool, device=columns.device)
-        self.causal_bias = _bias(visible)[:, None, None]
+        self.causal_bias = _bias(visible)[:, None]
         if blocks is not None:
             width = blocks.mask.shape[-1]
             own = torch.ones(width, width, dtype=torch.bool, device=columns.device).tril()
@@ -249,11 +249,10 @@ class _Plan:
 
     def attend_contexts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each context: (N, Q * K, D)."""
-        k, v = self.context_heads(k), self.context_heads(v)
-        q = self.context_heads(q).unflatten(1, (k.shape[1], -1))
-        shares = _shares(q @ k.unsqueeze(2).transpose(-1, -2), self.causal_bias, q.shape[-1])
-        mixed = (shares @ v.unsqueeze(2)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return unpad(mixed.flatten(0, 1), self.contexts.slots)
+        shared = q.shape[1] // k.shape[1]
+        k, v = (self.context_heads(each).repeat_interleave(shared, dim=1) for each in (k, v))
+        mixed = attend(self.context_heads(q), k, v, self.causal_bias)
+        return unpad(mixed.transpose(1, 2).flatten(0, 1), self.contexts.slots)
 
     def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
         """Attention of block tokens to their context and, causally, to their own block: (N, Q * K, D)."""
