@@ -62,7 +62,8 @@ LINES = {
         "grpo_short", *TRL, "GRPO step, ours in bfloat16, TRL in float32", 6.0, ours={"dtype": "bfloat16"}
     ),
     "grpo_zero_groups": Line(
-        "grpo_short", "ours", "", "GRPO step, half of the groups without a signal, ours with none", ours={"zero_groups": 2}
+        *("grpo_short", "ours", "", "GRPO step, two of four groups without a signal, all with one"),
+        ours={"zero_groups": 2},
     ),
     "rollout_transformers": Line("rollout", *GENERATE, "rollouts, transformers generate", 2.5),
     "rollout_vllm": Line("rollout", "peer_vllm", "vllm", "rollouts, vLLM", 2.0),
@@ -70,7 +71,9 @@ LINES = {
     "sft_trained_llamafactory": Line("sft", *LF, "SFT step, tower trained, LLaMA-Factory", 1.5, both=TRAINED),
     "sft_frozen_trl": Line("sft", *TRL, "SFT step, tower frozen, TRL", 1.5, both=FROZEN),
     "sft_trained_trl": Line("sft", *TRL, "SFT step, tower trained, TRL", 1.5, both=TRAINED),
-    "evaluate_transformers": Line("evaluate", *GENERATE, "evaluation of 512 rows, transformers generate", 1.3, both={"batch": 64}),
+    "evaluate_transformers": Line(
+        "evaluate", *GENERATE, "evaluation of 512 rows, transformers generate", 1.3, both={"batch": 64}
+    ),
 }  # fmt: skip
 
 
@@ -118,7 +121,9 @@ def environment(name: str) -> str:
     """The Python of a peer's environment, made if it is not there."""
     if not name:
         return sys.executable
-    made = subprocess.run(["bash", str(ROOT / "benchmarks/envs/setup.sh"), name], stdout=subprocess.PIPE, text=True, check=True)
+    made = subprocess.run(
+        ["bash", str(ROOT / "benchmarks/envs/setup.sh"), name], stdout=subprocess.PIPE, text=True, check=True
+    )
     return made.stdout.split()[-1]
 
 
@@ -148,7 +153,9 @@ def measure(name: str, folder: Path, size: str, rounds: int, device: str, seed: 
     clock = "cpu" if device == "cpu" else "wall"
     seconds = [[each[clock] for each in side] for side in told]
     ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
-    shape = {key: content[key] for key in ("work", "prompts", "group", "picture", "prompt_tokens", "spread", "new_tokens")}
+    shape = {
+        key: content[key] for key in ("work", "prompts", "group", "picture", "prompt_tokens", "spread", "new_tokens")
+    }
     return {
         "line": name,
         "what": line.what,
@@ -196,7 +203,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(name, Path(folder) / "case", options.size, options.rounds, options.device)
         (options.out / f"{name}.{options.size}.{options.device}.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps({key: found[key] for key in ("line", "ratio", "operations_ratio", "share_of_limit")}), flush=True)
+        print(
+            json.dumps({key: found[key] for key in ("line", "ratio", "operations_ratio", "share_of_limit")}), flush=True
+        )
 
 
 if __name__ == "__main__":

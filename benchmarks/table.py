@@ -22,7 +22,11 @@ def row(found: dict[str, Any]) -> str:
     """One line of the table."""
     ours, peer = (statistics.median(found["seconds"][side]) for side in ("ours", "peer"))
     ratios = found["ratios"]
-    floor = "" if found["floor"] is None else f"{found['floor']:g} ({'met' if found['ratio'] >= found['floor'] else 'missed'})"
+    floor = (
+        ""
+        if found["floor"] is None
+        else f"{found['floor']:g} ({'met' if found['ratio'] >= found['floor'] else 'missed'})"
+    )
     return (
         f"| {found['what']} | {found['size']}, {found['machine']['device']} | {ours:.3f} | {peer:.3f} |"
         f" {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {floor} | {found['operations_ratio']:.2f} |"

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's SFT stage, its loop and its data path as released; pictures are prepared in every step, as ours are."""
+"""LLaMA-Factory's SFT stage, its loop and data path as released; pictures are prepared in every step, as ours."""
 
 import json
 from typing import Any
@@ -14,7 +14,10 @@ def write_data(folder: Any, case: dict[str, Any]) -> None:
     for row in case["rows"] * 64:
         question = {"role": "user", "content": row["problem"] + case["suffix"]}
         rows.append(
-            {"messages": [question, {"role": "assistant", "content": row["answer"]}], "images": [str(folder / row["picture"])]}
+            {
+                "messages": [question, {"role": "assistant", "content": row["answer"]}],
+                "images": [str(folder / row["picture"])],
+            }
         )
     (folder / "lf" / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -32,7 +35,11 @@ def main() -> None:
 
     told = {
         **{"model_name_or_path": str(folder / "model"), "stage": "sft", "do_train": True, "finetuning_type": "full"},
-        **{"freeze_vision_tower": case["frozen"], "freeze_multi_modal_projector": case["frozen"], "template": "qwen2_vl"},
+        **{
+            "freeze_vision_tower": case["frozen"],
+            "freeze_multi_modal_projector": case["frozen"],
+            "template": "qwen2_vl",
+        },
         **{"dataset": "rows", "dataset_dir": str(folder / "lf"), "cutoff_len": 2048, "seed": 0},
         **{"output_dir": str(folder / "lf" / "out"), "overwrite_output_dir": True, "max_steps": 64},
         **{"per_device_train_batch_size": case["prompts"], "learning_rate": 1e-6, "lr_scheduler_type": "constant"},

@@ -32,7 +32,9 @@ def main() -> None:
         tokens = 0
         for start in range(0, len(rows), batch):
             chosen = rows[start : start + batch]
-            content = [[{"type": "image"}, {"type": "text", "text": row["problem"][7:] + case["suffix"]}] for row in chosen]
+            content = [
+                [{"type": "image"}, {"type": "text", "text": row["problem"][7:] + case["suffix"]}] for row in chosen
+            ]
             turns = [[{"role": "user", "content": each}] for each in content]
             texts = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             pictures = [Image.open(folder / row["picture"]).convert("RGB") for row in chosen]

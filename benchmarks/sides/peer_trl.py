@@ -34,7 +34,9 @@ def grpo(folder: Any, case: dict[str, Any], model: Any, gate: Gate) -> GRPOTrain
     rows = case["rows"]
     dataset = Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": row["problem"].removeprefix("<image>") + case["suffix"]}] for row in rows],
+            "prompt": [
+                [{"role": "user", "content": row["problem"].removeprefix("<image>") + case["suffix"]}] for row in rows
+            ],
             "image": [str(folder / row["picture"]) for row in rows],
         }
     ).cast_column("image", ImageFeature())
@@ -71,7 +73,9 @@ def sft(folder: Any, case: dict[str, Any], model: Any, gate: Gate) -> SFTTrainer
     rows = case["rows"]
     dataset = Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": row["problem"].removeprefix("<image>") + case["suffix"]}] for row in rows],
+            "prompt": [
+                [{"role": "user", "content": row["problem"].removeprefix("<image>") + case["suffix"]}] for row in rows
+            ],
             "completion": [[{"role": "assistant", "content": row["answer"]}] for row in rows],
             "image": [str(folder / row["picture"]) for row in rows],
         }

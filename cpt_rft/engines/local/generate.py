@@ -155,25 +155,32 @@ class _Decoding:
     def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding | None":
         """The state for the next token, or none if nothing is going on.
 
-        Completions that are done leave once they are many enough to be worth a copy. Prompts keep equally many, so
-        one may keep a completion that is done; what it writes from then on is not read.
+        Completions that are done leave once they are many enough to be worth a copy. Every prompt keeps equally many:
+        one with more is held twice, and places that are left over get a completion that is done, whose tokens no one
+        reads any more.
         """
-        prompts = len(self.bias)
-        going_RG = going.view(prompts, -1)
-        left_R = going_RG.sum(-1)
-        rows, group = torch.stack([(left_R > 0).sum(), left_R.max()]).tolist()
-        if rows * group > KEEP_ABOVE * going.numel():
-            return replace(self, tokens=tokens)
-        if not rows:
+        prompts, group = len(self.bias), going.numel() // len(self.bias)
+        flags = going.view(prompts, group).tolist()
+        left = [[row * group + place for place in range(group) if flags[row][place]] for row in range(prompts)]
+        if not any(left):
             return None
-        kept = torch.argsort((left_R == 0).int(), stable=True)[:rows]
-        within = torch.argsort((~going_RG[kept]).int(), dim=-1, stable=True)[:, :group]
-        places = kept[:, None] * going_RG.shape[1] + within
-        flat = places.flatten()
+        enough = KEEP_ABOVE * going.numel()
+        sizes = (size for size in range(group, 0, -1) if size * sum(-(-len(row) // size) for row in left) <= enough)
+        size = next(sizes, None)
+        if size is None:
+            return replace(self, tokens=tokens)
+        done = going.tolist().index(False)
+        rows, places = [], []
+        for row, mine in enumerate(left):
+            for start in range(0, len(mine), size):
+                rows.append(row)
+                places.append((mine[start : start + size] + [done] * size)[:size])
+        kept, chosen = (torch.tensor(each, device=tokens.device) for each in (rows, places))
+        flat = chosen.flatten()
         return _Decoding(
             alive=self.alive[flat],
-            contexts=[cache.select_contexts(kept) for cache in self.contexts] if rows < prompts else self.contexts,
-            own=[cache.select_completions(places) for cache in self.own],
+            contexts=[cache.select_contexts(kept) for cache in self.contexts],
+            own=[cache.select_completions(chosen) for cache in self.own],
             bias=self.bias[kept],
             positions=self.positions[flat],
             tokens=tokens[flat],

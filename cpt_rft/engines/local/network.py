@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cpt_rft.checkpoint import EncodedPrompt
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_contexts

@@ -130,8 +130,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if q.dtype == torch.float32 or q.is_cuda:
         mask = None if bias is None else bias.to(q.dtype)
-        flat = (each.flatten(0, -4) for each in (q, k, v))
-        return F.scaled_dot_product_attention(*flat, attn_mask=mask).reshape(q.shape)
+        flat_q, flat_k, flat_v = (each.flatten(0, -4) for each in (q, k, v))
+        return F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask).reshape(q.shape)
     scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
     shares = (scores if bias is None else scores + bias).softmax(-1)
     return shares.to(q.dtype) @ v
