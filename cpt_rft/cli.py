@@ -87,12 +87,14 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add(verbs, "plan", _plan, "print every stage with its parent, rows, steps and tokens, and the disk space needed")
+    _add(verbs, "doctor", _doctor, "look for what would stop a run, and say what to do about it")
     _add(verbs, "run", _run, "do everything that is not done yet: prepare, train, score, report")
     _add(verbs, "status", _status, "where every stage stands")
     _add(verbs, "report", _report, "write results.json and report.html from the records, print the table")
     _add(verbs, "prepare", _prepare, "write and check the rows, nothing else")
     _add(verbs, "train", _train, "train one stage whose parent is there", stage="required")
     _add(verbs, "evaluate", _evaluate, "score one stage, or the base model if none is named", stage="optional")
+    _add(verbs, "drift", _drift, "measure how far trained stages moved the model, and what their updates risked")
     schema = verbs.add_parser("schema", help="write the JSON Schemas of configs/ for editors")
     schema.add_argument("--out", type=Path, help="directory (default: configs/schema of this repository)")
     schema.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -133,14 +135,15 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         child.add_argument("task", nargs=None if stage == "required" else "?", help="a task, or 'multitask'")
         child.add_argument("--seed", type=int, help="training seed (default: the first)")
         child.add_argument("--order", type=int, default=0, help="number of the task order (default: 0)")
-    elif name in ("plan", "run", "status"):
+    elif name in ("plan", "doctor", "run", "status", "drift"):
         child.add_argument("--method", action="append", default=[], help="only this method (may be repeated)")
         child.add_argument("--seed", action="append", type=int, default=[], help="only this seed (may be repeated)")
         child.add_argument(
             "--order", action="append", type=int, default=[], help="only this task order (may be repeated)"
         )
-    if name == "run":
+    if name in ("run", "drift"):
         child.add_argument("--task", help="go no further than this task")
+    if name == "run":
         child.add_argument("--rerun-stale", action="store_true", help="make stages anew that other code made")
     if name == "plan":
         child.add_argument(
@@ -148,7 +151,7 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         )
     if name == "status":
         child.add_argument("--verify", action="store_true", help="read and hash every file")
-    if name in ("plan", "status"):
+    if name in ("plan", "doctor", "status"):
         child.add_argument("--json", action="store_true", help="print JSON")
     child.add_argument("--debug", action="store_true", help="show the traceback of an error")
     child.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change keys of the experiment (see below)")
@@ -193,6 +196,19 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan(experiment, selection), indent=2))
     else:
         _print(*plan_table(plan(experiment, selection)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cpt_rft.sequence.doctor import as_json, examine
+
+    findings = examine(_experiment(options, options.method), _selection(options))
+    if options.json:
+        print(json.dumps(as_json(findings), indent=2))
+    else:
+        for finding in findings:
+            fix = f" Fix: {finding.fix}" if finding.fix else ""
+            print(f"{finding.word:8}{finding.what}: {finding.text}{fix}")
+    return 2 if any(finding.word == "problem" for finding in findings) else 0
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -275,6 +291,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         seed = experiment.seeds[0] if options.seed is None else options.seed
         stage = evaluate_one(session, options.method, options.task, options.order, seed)
         _say(f"scored: {stage.directory / 'eval'}")
+
+
+def _drift(options: argparse.Namespace) -> None:
+    from cpt_rft.sequence.run import measure_drift, open_session
+
+    experiment, selection = _experiment(options, options.method), _selection(options)
+    with open_session(experiment, _say, debug=options.debug) as session:
+        if not measure_drift(session, selection):
+            _say("everything that is trained is measured already")
+        _show_results(session, force=False)
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """Errors a user can cause and mend. Everything else is a bug and shows its traceback."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """A problem with one clear sentence and one fix; the command line prints both and exits with 2.
@@ -13,6 +15,18 @@ class UserError(Exception):
         super().__init__(f"{problem} Fix: {fix}")
         self.problem = problem
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an error of a worker process reaches the command line as it is
+        return type(self), (self.problem, self.fix)
+
+
+def install_extra(extra: str) -> str:
+    """The fix where an optional part is not installed: what works in a clone, since no package index has the project.
+
+    >>> print(install_extra("math"))
+    run in the folder of this project: pip install -e ".[math]"
+    """
+    return f'run in the folder of this project: pip install -e ".[{extra}]"'
 
 
 class ConfigError(UserError):

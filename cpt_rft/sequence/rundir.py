@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import ENGINES, EngineConfig
 from cpt_rft.config.load import dump, find_directory
-from cpt_rft.config.schema import Experiment
+from cpt_rft.config.schema import METER_KEYS, Experiment
 from cpt_rft.data.prepare import LOCK_NAME, PreparedData, check_sources, prepare, wanted_splits
 from cpt_rft.errors import CheckpointError, DataError, StageError
 from cpt_rft.files import FileRecord, hash_tree, tree_sha256, write_json_atomic, write_text_atomic
@@ -18,7 +18,9 @@ from cpt_rft.manifest import check_checkpoint, differences
 
 CONFIG_NAME = "config.json"
 # These can change between two starts of one run: they decide where and how fast, not what.
-_FREE = frozenset({"output", "workers", "base_model", "engine.save_every", "engine.max_skipped_steps"})
+_FREE = frozenset({"output", "workers", "base_model"}) | {
+    f"engine.{key}" for engine in ENGINES.values() for key in engine.FREE
+}
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
         StageError: Anything else differs; both values are shown.
     """
     there, new = dump(stored), dump(asked)
-    for key in ("dtype", "device"):
-        if new["engine"][key] == "auto":
+    for key, value in new["engine"].items():
+        if value == "auto" and key in there["engine"]:  # it was resolved when the directory was made
             new["engine"][key] = there["engine"][key]
     grown: dict[str, Any] = {
         "methods": {**there["methods"], **new["methods"]},
@@ -168,6 +170,8 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
         {**side, "methods": methods, "seeds": None, "orders": side["orders"][:length]}
         for side, methods in zip((there, new), shared, strict=True)
     )
+    # Which meters are on decides no score and no weight.
+    old, wanted = ({**side, "evaluation": without_meters(side["evaluation"])} for side in (old, wanted))
     found = differences(old, wanted, _FREE)
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -176,6 +180,11 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
             "put the values back, or give output=DIRECTORY to start a run of its own",
         )
     return Experiment.model_validate_json(json.dumps({**new, **grown}))
+
+
+def without_meters(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The section ``evaluation``, less what adds measurements and changes no score."""
+    return {key: value for key, value in evaluation.items() if key not in METER_KEYS}
 
 
 def locked_data(experiment: Experiment, directory: Path) -> PreparedData | None:
