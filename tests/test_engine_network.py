@@ -71,6 +71,58 @@ def test_logits_and_gradients_are_those_of_the_stock_model(
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max(), name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sharing_equals_the_stock_model_on_a_padded_batch(
+    policy: Policy, prompts: list[EncodedPrompt], side: str
+) -> None:
+    """One row a completion, all rows of one width; the stock model makes its rotary positions itself."""
+    groups = completions(prompts, 3)
+    network = Network(policy.model)
+    contexts = network.contexts(prompts)
+    logits = network.logits(contexts, pack_blocks(contexts, groups))
+    expected = padded_logits(policy, prompts, groups, side)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for each in (logits, expected):
+        policy.model.zero_grad()
+        (each * weight).sum().backward()
+        gradients.append({name: each.grad for name, each in policy.model.named_parameters() if each.grad is not None})
+    assert expected.detach().std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert gradients[0].keys() == gradients[1].keys() == dict(policy.model.named_parameters()).keys()
+    for name, theirs in gradients[1].items():
+        assert (gradients[0][name] - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+
+def padded_logits(policy: Policy, prompts: list[EncodedPrompt], groups: list[list[list[int]]], side: str) -> Tensor:
+    """Logits that predict the completions, by the stock model over one padded batch."""
+    rows = [(prompt, torch.tensor(tokens)) for prompt, group in zip(prompts, groups, strict=True) for tokens in group]
+    width = max(len(prompt.ids) + len(tokens) for prompt, tokens in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ends = []
+    for number, (prompt, tokens) in enumerate(rows):
+        length = len(prompt.ids) + len(tokens)
+        start = width - length if side == "left" else 0
+        ids[number, start : start + length] = torch.cat([prompt.ids, tokens])
+        mask[number, start : start + length] = 1
+        ends.append(start + length)
+    pictured = [prompt for prompt, _ in rows if prompt.pixel_values is not None]
+    policy.model.model.rope_deltas = None
+    logits = policy.model(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
+        pixel_values=torch.cat([prompt.pixel_values for prompt in pictured if prompt.pixel_values is not None]),
+        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in pictured if prompt.image_grid_thw is not None]),
+    ).logits
+    return torch.cat(
+        [
+            logits[n, end - len(tokens) - 1 : end - 1]
+            for n, (end, (_, tokens)) in enumerate(zip(ends, rows, strict=True))
+        ]
+    )
+
+
 def test_checkpointing_keeps_less_and_changes_no_gradient(policy: Policy, prompts: list[EncodedPrompt]) -> None:
     groups = completions(prompts, 4)
     decoder = policy.model.model.language_model

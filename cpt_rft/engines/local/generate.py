@@ -72,9 +72,9 @@ def generate(
     lengths = torch.full((len(rows),), max_new_tokens, device=device)
     stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        column = contexts.width + step
-        bias = state.bias[:, :, : column + 1]
-        logits = network.decode(state.tokens, state.positions + step, state.caches, column, bias).float() + banned
+        bias = state.bias[..., : contexts.width + step + 1]
+        logits = network.decode(state.tokens, state.positions + step, state.contexts, state.own, step, bias)
+        logits = logits.float() + banned
         tokens, chosen = _choose(logits, temperature, top_p, None if draws is None else draws[state.alive, step])
         # Without numbers there is no choice: the completion ends, and the loss on it is not finite either.
         tokens = torch.where(chosen.isnan(), ends[0], tokens)
@@ -84,9 +84,10 @@ def generate(
         finished = state.alive[ended]
         lengths[finished], stopped[finished] = step + 1, True
         going = ~stopped[state.alive]
-        if not bool(going.any()):
+        following = state.advance(tokens, going)
+        if following is None:
             break
-        state = state.advance(tokens, going)
+        state = following
     return _completions(written, logprobs, lengths, stopped, group)
 
 
@@ -104,16 +105,17 @@ def _completions(
 
 def _begin(network: Network, contexts: Contexts, group: int, room: int) -> "_Decoding":
     """Every completion before its first token, ``group`` a prompt; each prompt is computed once."""
-    device = contexts.ids.device
-    rows = torch.arange(contexts.rows, device=device).repeat_interleave(group)
+    device, rows = contexts.ids.device, contexts.rows
     columns = torch.arange(contexts.width + room, device=device)
-    empty = columns < (contexts.width - contexts.lengths)[rows, None]
+    empty = columns < (contexts.width - contexts.lengths)[:, None]
+    bias = torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))
     return _Decoding(
-        alive=torch.arange(len(rows), device=device),
-        caches=[cache.select(rows) for cache in network.prefill(contexts, room)],
-        bias=torch.zeros(empty.shape, device=device).masked_fill_(empty, float("-inf"))[:, None],
-        positions=contexts.last_positions[rows],
-        tokens=contexts.last_ids[rows],
+        alive=torch.arange(rows * group, device=device),
+        contexts=network.prefill(contexts),
+        own=network.empty(rows, group, room),
+        bias=bias[:, None, None, None, None],
+        positions=contexts.last_positions.repeat_interleave(group),
+        tokens=contexts.last_ids.repeat_interleave(group),
     )
 
 
@@ -132,25 +134,56 @@ def end_token_ids(policy: Policy, device: str | torch.device = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """The completions in the batch: those still being written, and a few that are done."""
+    """The completions in the batch, equally many a prompt: those still being written, and a few that are done.
+
+    Attributes:
+        alive: (R * G,) their places among all completions.
+        contexts: Keys and values of their prompts, one cache a layer.
+        own: Keys and values of what they wrote, one cache a layer.
+        bias: (R, 1, 1, 1, 1, columns) zero on real columns, -inf on padding.
+        positions: (R * G,) rotary position of the first token after the context.
+        tokens: (R * G,) the token to be read next.
+    """
 
     alive: Tensor
-    caches: list[Cache]
+    contexts: list[Cache]
+    own: list[Cache]
     bias: Tensor
     positions: Tensor
     tokens: Tensor
 
-    def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding":
-        """The state for the next token. Rows that are done leave once they are many enough to be worth a copy."""
-        if going.double().mean() > KEEP_ABOVE:
+    def advance(self, tokens: Tensor, going: Tensor) -> "_Decoding | None":
+        """The state for the next token, or none if nothing is going on.
+
+        Completions that are done leave once they are many enough to be worth a copy. Every prompt keeps equally many:
+        one with more is held twice, and places that are left over get a completion that is done, whose tokens no one
+        reads any more.
+        """
+        prompts, group = len(self.bias), going.numel() // len(self.bias)
+        flags = going.view(prompts, group).tolist()
+        left = [[row * group + place for place in range(group) if flags[row][place]] for row in range(prompts)]
+        if not any(left):
+            return None
+        enough = KEEP_ABOVE * going.numel()
+        sizes = (size for size in range(group, 0, -1) if size * sum(-(-len(row) // size) for row in left) <= enough)
+        size = next(sizes, None)
+        if size is None:
             return replace(self, tokens=tokens)
-        rows = going.nonzero().squeeze(1)
+        done = going.tolist().index(False)
+        rows, places = [], []
+        for row, mine in enumerate(left):
+            for start in range(0, len(mine), size):
+                rows.append(row)
+                places.append((mine[start : start + size] + [done] * size)[:size])
+        kept, chosen = (torch.tensor(each, device=tokens.device) for each in (rows, places))
+        flat = chosen.flatten()
         return _Decoding(
-            alive=self.alive[rows],
-            caches=[cache.select(rows) for cache in self.caches],
-            bias=self.bias[rows],
-            positions=self.positions[rows],
-            tokens=tokens[rows],
+            alive=self.alive[flat],
+            contexts=[cache.select_contexts(kept) for cache in self.contexts],
+            own=[cache.select_completions(chosen) for cache in self.own],
+            bias=self.bias[kept],
+            positions=self.positions[flat],
+            tokens=tokens[flat],
         )
 
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cpt_rft.checkpoint import EncodedPrompt
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_contexts
-from cpt_rft.engines.local.vision import VisionTower, rms_norm, rotate, swiglu
+from cpt_rft.engines.local.vision import VisionTower, attend, rms_norm, rotate, swiglu
 from cpt_rft.errors import CheckpointError
 
 
@@ -72,14 +71,23 @@ def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 @dataclass
 class Cache:
-    """Keys and values of one layer, each (A, kv heads, width, head width)."""
+    """Keys and values of one layer: (R, K, P, D) of contexts, (R, K, G, room, D) of completions (see `_Plan`)."""
 
     keys: Tensor
     values: Tensor
 
-    def select(self, rows: Tensor) -> "Cache":
-        """A copy that holds these rows, in this order."""
+    def select_contexts(self, rows: Tensor) -> "Cache":
+        """A copy that holds the contexts of these prompts, in this order."""
         return Cache(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+    def select_completions(self, places: Tensor) -> "Cache":
+        """A copy that holds these completions, (R', G') of them, each by its place among R * G."""
+
+        def picked(x: Tensor) -> Tensor:
+            chosen = x.transpose(1, 2).flatten(0, 1).index_select(0, places.flatten())
+            return chosen.unflatten(0, places.shape).transpose(1, 2).contiguous()
+
+        return Cache(picked(self.keys), picked(self.values))
 
 
 class Network:
@@ -139,8 +147,8 @@ class Network:
         logits: Tensor = self.model.lm_head(rms_norm(x, self.decoder.norm))
         return logits
 
-    def prefill(self, contexts: Contexts, room: int) -> list[Cache]:
-        """Keys and values of contexts, one cache a layer, right-aligned, with ``room`` empty columns after them."""
+    def prefill(self, contexts: Contexts) -> list[Cache]:
+        """Keys and values of contexts, one cache a layer, right-aligned."""
         x = self._embed_contexts(contexts)
         cos, sin = self._angles(contexts.positions)
         plan = _Plan(contexts, None)
@@ -151,30 +159,39 @@ class Network:
                 x = self._residual(layer, x, plan.attend_contexts(q, k, v))
             else:
                 k, v = self._kv(layer, rms_norm(x, layer.input_layernorm), cos, sin)
-            caches.append(Cache(*(F.pad(plan.context_heads(each), (0, 0, 0, room)) for each in (k, v))))
+            caches.append(Cache(plan.context_heads(k).contiguous(), plan.context_heads(v).contiguous()))
         return caches
 
-    def decode(self, ids: Tensor, positions: Tensor, caches: list[Cache], column: int, bias: Tensor) -> Tensor:
-        """Logits (A, V) after one more token a row; its keys and values are written at ``column``.
+    def empty(self, rows: int, group: int, room: int) -> list[Cache]:
+        """Room for the keys and values of completions, one cache a layer."""
+        shape = (rows, self.kv_heads, group, room, self.head_width)
+        weight = self.model.lm_head.weight
+        return [Cache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
+
+    def decode(
+        self, ids: Tensor, positions: Tensor, contexts: list[Cache], own: list[Cache], column: int, bias: Tensor
+    ) -> Tensor:
+        """Logits (R * G, V) after one more token of each completion.
 
         Args:
-            ids: (A,) the tokens.
-            positions: (A,) their rotary positions.
-            caches: One a layer, changed in place.
-            column: Where this token goes.
-            bias: (A, 1, column + 1) zero on real columns, -inf on padding.
+            ids: (R * G,) the tokens.
+            positions: (R * G,) their rotary positions.
+            contexts: One cache a layer, read for all completions of a prompt at once.
+            own: One cache a layer; this token's keys and values are written into it.
+            column: Where in it this token goes.
+            bias: (R, 1, 1, 1, 1, P + column + 1) zero on real columns, -inf on padding.
         """
         x = self.decoder.embed_tokens(ids)
         cos, sin = self._angles(positions.expand(3, -1))
-        rows = len(ids)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        rows, _, group = own[0].keys.shape[:3]
+        for layer, context, cache in zip(self.layers, contexts, own, strict=True):
             q, k, v = self._qkv(layer, x, cos, sin)
-            cache.keys[:, :, column] = k
-            cache.values[:, :, column] = v
-            q = q.view(rows, self.kv_heads, -1, self.head_width)
-            scores = q @ cache.keys[:, :, : column + 1].transpose(-1, -2)
-            shares = _shares(scores, bias[:, None], self.head_width)
-            x = self._residual(layer, x, (shares @ cache.values[:, :, : column + 1]).view(rows, self.heads, -1))
+            cache.keys[:, :, :, column] = k.unflatten(0, (rows, group)).transpose(1, 2)
+            cache.values[:, :, :, column] = v.unflatten(0, (rows, group)).transpose(1, 2)
+            written = Cache(cache.keys[:, :, :, : column + 1], cache.values[:, :, :, : column + 1])
+            q = q.view(rows, group, self.kv_heads, -1, 1, self.head_width).transpose(1, 2)
+            mixed = _attend_shared(q, context, written, bias)
+            x = self._residual(layer, x, mixed.transpose(1, 2).reshape(rows * group, self.heads, -1))
         logits: Tensor = self.model.lm_head(rms_norm(x, self.decoder.norm))
         return logits
 
@@ -229,7 +246,7 @@ class _Plan:
         visible = real[:, None] & (columns <= columns[:, None])
         # A padded query row sees itself, so that its softmax is finite; nothing reads it.
         visible |= torch.eye(contexts.width, dtype=torch.bool, device=columns.device)
-        self.causal_bias = _bias(visible)[:, None, None]
+        self.causal_bias = _bias(visible)[:, None]
         if blocks is not None:
             width = blocks.mask.shape[-1]
             own = torch.ones(width, width, dtype=torch.bool, device=columns.device).tril()
@@ -247,11 +264,10 @@ class _Plan:
 
     def attend_contexts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention within each context: (N, Q * K, D)."""
-        k, v = self.context_heads(k), self.context_heads(v)
-        q = self.context_heads(q).unflatten(1, (k.shape[1], -1))
-        shares = _shares(q @ k.unsqueeze(2).transpose(-1, -2), self.causal_bias, q.shape[-1])
-        mixed = (shares @ v.unsqueeze(2)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        return unpad(mixed.flatten(0, 1), self.contexts.slots)
+        shared = q.shape[1] // k.shape[1]
+        k, v = (self.context_heads(each).repeat_interleave(shared, dim=1) for each in (k, v))
+        mixed = attend(self.context_heads(q), k, v, self.causal_bias)
+        return unpad(mixed.transpose(1, 2).flatten(0, 1), self.contexts.slots)
 
     def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
         """Attention of block tokens to their context and, causally, to their own block: (N, Q * K, D)."""
@@ -262,15 +278,28 @@ class _Plan:
         def block_heads(x: Tensor) -> Tensor:  # (N, heads, D) to (R, heads, G, C, D)
             return pad(x, slots, rows * group * width).view(rows, group, width, *x.shape[1:]).permute(0, 3, 1, 2, 4)
 
-        k_context, v_context = self.context_heads(k[:split]), self.context_heads(v[:split])
-        k_own, v_own = block_heads(k[split:]).unsqueeze(2), block_heads(v[split:]).unsqueeze(2)
-        q = block_heads(q).unflatten(1, (kv_heads, -1))  # (R, K, Q, G, C, D)
-        to_context = (q.flatten(2, 4) @ k_context.transpose(-1, -2)).view(*q.shape[:-1], -1)
-        to_own = q @ k_own.transpose(-1, -2)
-        shares = _shares(torch.cat([to_context, to_own], dim=-1), self.block_bias, q.shape[-1])
-        share_context, share_own = shares.split([k_context.shape[2], width], dim=-1)
-        mixed = (share_context.flatten(2, 4) @ v_context).view(q.shape) + share_own @ v_own
-        return unpad(mixed.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(0, 2), slots)
+        context = Cache(self.context_heads(k[:split]), self.context_heads(v[:split]))
+        own = Cache(block_heads(k[split:]), block_heads(v[split:]))
+        q = block_heads(q).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # (R, K, G, Q, C, D)
+        mixed = _attend_shared(q, context, own, self.block_bias)
+        return unpad(mixed.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 2), slots)
+
+
+def _attend_shared(q: Tensor, context: Cache, own: Cache, bias: Tensor) -> Tensor:
+    """Attention of completions to their prompt's context, whose keys are read once a prompt, and to themselves.
+
+    Args:
+        q: (R, K, G, Q, C, D) queries.
+        context: (R, K, P, D).
+        own: (R, K, G, N, D) keys and values of the completions.
+        bias: Added to the scores; broadcasts to (R, K, G, Q, C, P + N).
+    """
+    to_context = (q.flatten(2, 4) @ context.keys.transpose(-1, -2)).unflatten(2, q.shape[2:5])
+    to_own = (q.flatten(3, 4) @ own.keys.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+    shares = _shares(torch.cat([to_context, to_own], dim=-1), bias, q.shape[-1])
+    share_context, share_own = shares.split([to_context.shape[-1], to_own.shape[-1]], dim=-1)
+    mixed = (share_context.flatten(2, 4) @ context.values).view(q.shape)
+    return mixed + (share_own.flatten(3, 4) @ own.values).view(q.shape)
 
 
 def _shares(scores: Tensor, bias: Tensor, width: int) -> Tensor:
