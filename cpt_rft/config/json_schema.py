@@ -42,7 +42,7 @@ def documents() -> dict[str, dict[str, Any]]:
     del experiment["$defs"]["EvaluationConfig"]["required"]  # the contract may fill it in
     for unused in ("SftMethod", "GrpoMethod", "EngineConfig"):
         experiment["$defs"].pop(unused, None)
-    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora"):
+    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora", "Filter", "Rollouts"):
         experiment["$defs"][part].pop("required")  # a change may name one key of a part
     method = TypeAdapter(MethodConfig).json_schema()
     for model in METHOD_KINDS.values():

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cpt_rft.config.restraints import Restrained
+from cpt_rft.config.rollouts import Filter, Rollouts
 from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share
 from cpt_rft.prompts import Style
 
@@ -42,6 +43,18 @@ class _Method(Restrained):
     """Prompts (rows) in one optimizer step. Equal for all methods: they then see the same rows at the same step."""
     micro_batch: PositiveInt
     """Prompts in memory at once; it must divide `prompts_per_step`."""
+    filter: Filter | None = None
+    """Rollout-based instance filtering: train only on rows that the start of the stage can learn from."""
+
+    @property
+    def learns_from(self) -> str | None:
+        """The method whose checkpoints write the targets, if another than this one does."""
+        return None
+
+    @property
+    def knows_its_rows(self) -> bool:
+        """Whether it trains on all rows of a stage, so that their number is known before it starts."""
+        return self.filter is None
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -56,6 +69,33 @@ class SftMethod(_Method):
 
     kind: Literal["sft"]
     """Which objective: supervised targets."""
+    rollouts: Rollouts | None = None
+    """Learn from right rollouts instead of from labels and rationales."""
+
+    @property
+    def learns_from(self) -> str | None:
+        """The method whose checkpoints write the targets, if another than this one does."""
+        return None if self.rollouts is None else self.rollouts.from_method
+
+    @property
+    def knows_its_rows(self) -> bool:
+        """Whether it trains on all rows of a stage, so that their number is known before it starts."""
+        return self.filter is None and self.rollouts is None
+
+    @model_validator(mode="after")
+    def _tries_are_settled(self) -> Self:
+        if self.filter is not None and self.filter.max_new_tokens is None:
+            raise KeyedError(("filter", "max_new_tokens"), "null, but sft has no rollouts of its own; write a number")
+        if self.rollouts is None:
+            return self
+        if self.filter is not None:
+            raise KeyedError(("filter",), "rollouts leaves out the rows without a right one; remove one of the two")
+        if self.rollouts.rounds > 1 and self.rollouts.from_method is not None:
+            raise KeyedError(("rollouts", "rounds"), "with from_method the one who tries does not change; write 1")
+        if self.rollouts.rounds > 1 and self.restraints:
+            message = f"with several rounds there is no {self.restraints[0]}; write 1, or remove {self.restraints[0]}"
+            raise KeyedError(("rollouts", "rounds"), message)
+        return self
 
 
 class GrpoMethod(_Method):
@@ -122,6 +162,12 @@ class GrpoMethod(_Method):
             raise KeyedError(("advantage_scale",), message)
         if self.paper_rounding and (self.advantage != "grpo" or self.advantage_scale not in (None, "group")):
             raise KeyedError(("paper_rounding",), "it belongs to advantage grpo with advantage_scale group")
+        return self
+
+    @model_validator(mode="after")
+    def _filter_tries_as_in_training(self) -> Self:
+        if self.filter is not None and self.filter.max_new_tokens is not None:
+            raise KeyedError(("filter", "max_new_tokens"), "the tries are those of training; remove it")
         return self
 
     @model_validator(mode="after")

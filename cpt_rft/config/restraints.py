@@ -4,9 +4,10 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic.fields import FieldInfo
 
 from cpt_rft.config.strict import KeyedError, NotNegative, Strict
 
@@ -132,5 +133,10 @@ class Restrained(Strict):
 
     @model_serializer(mode="wrap")
     def _only_what_is_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        parts = Restrained.model_fields
+        parts = {key for key, field in type(self).model_fields.items() if _is_part(field)}
         return {key: value for key, value in dump(self).items() if key not in parts or value is not None}
+
+
+def _is_part(field: FieldInfo) -> bool:
+    """Whether a field is an object of its own that may be absent."""
+    return any(isinstance(member, type) and issubclass(member, Strict) for member in get_args(field.annotation))

@@ -30,6 +30,7 @@ class Job:
         stages: Names of the stages to do.
         train: Whether to train what is missing.
         evaluate: Whether to score what is not scored.
+        after: Label of the job that must end before this one starts, if it is to be done at all.
     """
 
     kind: Literal["base", "chain"]
@@ -39,12 +40,14 @@ class Job:
     stages: tuple[str, ...] = ()
     train: bool = True
     evaluate: bool = True
+    after: str = ""
 
     @classmethod
     def of(cls, chain: Chain, states: list[StageState], *, train: bool = True, evaluate: bool = True) -> "Job":
         """The job of doing some stages of a chain."""
         names = tuple(state.stage.name for state in states)
-        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate)
+        after = chain.source.label if train and chain.source is not None else ""
+        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, after=after)
 
     @property
     def label(self) -> str:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from cpt_rft.config.methods import GrpoMethod, MethodConfig
+from cpt_rft.config.methods import GrpoMethod, MethodConfig, SftMethod
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
@@ -70,6 +71,12 @@ class Chain:
             StagePlan(index, name, tasks, self.directory / f"{index}_{name}")
             for index, (name, tasks) in enumerate(parts, start=1)
         )
+
+    @property
+    def source(self) -> "Chain | None":
+        """The chain of the same order and seed whose checkpoints write what this one learns from, if there is one."""
+        name = self.method.learns_from
+        return None if name is None else replace(self, method=self.experiment.methods[name])
 
     def stage(self, name: str) -> StagePlan:
         """The stage of a task.
@@ -157,16 +164,41 @@ class Cost:
 
 
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
-    """What training a stage takes; completions count in full length."""
+    """What training a stage takes; completions count in full length.
+
+    Where rollouts choose the rows first, rows and steps are upper bounds.
+    """
     rows = experiment.data.train * len(stage.tasks)
-    prompts = rows * method.epochs
-    steps = math.ceil(prompts / method.prompts_per_step)
+    tried = _trying_cost(method, rows)
+    rounds = 1 if tried is None else tried.rounds
+    prompts = rows * method.epochs * rounds
+    steps = math.ceil(rows * method.epochs / method.prompts_per_step) * rounds
     if method.replay is not None and stage.index > 1:
         prompts += steps * method.replay.rows_per_step
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
-        return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
-    return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+        cost = Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
+    else:
+        cost = Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+    if tried is None:
+        return cost
+    return replace(cost, read=cost.read + rows * rounds * PROMPT_TOKENS, written=cost.written + tried.written)
+
+
+class _Tried(NamedTuple):
+    rounds: int
+    written: int
+
+
+def _trying_cost(method: MethodConfig, rows: int) -> _Tried | None:
+    """The rounds of a stage, and the tokens of the tries at its rows before it trains; none where all rows are used."""
+    if isinstance(method, SftMethod) and method.rollouts is not None:
+        part = method.rollouts
+        return _Tried(part.rounds, rows * part.rounds * part.samples * part.max_new_tokens)
+    if method.filter is None:
+        return None
+    longest = method.max_new_tokens if isinstance(method, GrpoMethod) else method.filter.max_new_tokens
+    return _Tried(1, rows * method.filter.rollouts * (longest or 0))
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:

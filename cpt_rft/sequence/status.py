@@ -37,6 +37,7 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
         "workers": workers,
         "disk_peak_bytes": disk_bytes(experiment, chains, size, workers),
         "disk_free_bytes": shutil.disk_usage(existing).free,
+        "at_most": sorted({chain.method.name for chain in chains if not chain.method.knows_its_rows}),
         "stages": [dict(zip(keys, row, strict=True)) for row in describe(experiment, chains)],
     }
 
@@ -61,6 +62,8 @@ def plan_table(result: Json) -> tuple[Table, str]:
         f" {result['workers']} side by side;"
         f" disk at the peak about {_mib(result['disk_peak_bytes'])}, free {_mib(result['disk_free_bytes'])}"
     )
+    if result["at_most"]:
+        line += f"\nat most these rows and steps: {', '.join(result['at_most'])} (rollouts choose the rows)"
     return table, line
 
 

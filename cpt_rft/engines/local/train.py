@@ -13,7 +13,7 @@ from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
-from cpt_rft.engines.local.batches import stage_batches
+from cpt_rft.engines.local.batches import stage_batches, stage_rows
 from cpt_rft.engines.local.grpo import GrpoObjective
 from cpt_rft.engines.local.importance import leave_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
@@ -21,6 +21,8 @@ from cpt_rft.engines.local.objective import Objective
 from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
+from cpt_rft.engines.local.rollouts import chosen_rows, clear_rollouts, leave_rollouts
+from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.seeds import derive_seed
@@ -31,8 +33,16 @@ class LocalEngine:
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
+        if rounds_of(stage.method) > 1:
+            train_rounds(stage, report, self._train)
+        else:
+            self._train(stage, report)
+
+    def _train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
+        """One pass of the loop: from the rows, all or chosen, to a checkpoint."""
         dtype, device = prepare(stage.engine)
-        batches = stage_batches(stage)
+        fingerprint = stage_fingerprint(stage, dtype)
+        batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device))
         policy = load_policy(stage.parent, device=device)
         adapter = make_adapter(stage, policy)
         optimiser = Optimiser(
@@ -40,7 +50,7 @@ class LocalEngine:
         )
         objective = make_objective(stage, policy, batches, dtype, device)
         restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
-        journal = Journal(stage, stage_fingerprint(stage, dtype))
+        journal = Journal(stage, fingerprint)
         progress = journal.open()
         if progress is not None:
             optimiser.restore(progress.optimiser)
@@ -70,6 +80,7 @@ class LocalEngine:
                 journal.save(Progress(step + 1, optimiser.state()))
         _publish(stage, policy, optimiser, adapter)
         journal.close()
+        clear_rollouts(stage)
 
 
 def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None) -> None:
@@ -84,6 +95,7 @@ def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapte
     if stage.method.ewc is not None:
         optimiser.assign(weights)
         leave_importance(stage, policy, optimiser, stage.method.ewc)
+    leave_rollouts(stage, artefacts)
 
 
 def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
