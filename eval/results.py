@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
-from eval import metrics, statistics
+from eval import explain, metrics, statistics
 from eval.metrics import HEADLINE
 from eval.records import COUNTED_APART, accuracy, read_contracts, read_records, record_path
 from eval.runs import Chain, IncompleteRunError, Run, listed
@@ -74,7 +74,8 @@ def without_times(results: Json) -> Json:
 def _plain(value: Any) -> Any:
     """Numbers rounded and arrays as lists, so that the JSON is the same wherever the sums are."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        # Stages hold divergences of any size, and are rounded to so many digits already.
+        return {key: inner if key == "stages" else _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [_plain(inner) for inner in value]
     if isinstance(value, float | np.floating):
@@ -107,6 +108,7 @@ class _Builder:
     def results(self, gaps: list[str]) -> Json:
         experiment, contract = self.run.experiment, self.run.contract()
         seconds = {name: {c.key: self._train_seconds(c) for c in self._of(name)} for name in self.methods}
+        methods = {name: self._method(name, seconds[name]) for name in self.methods}
         return dict(
             _plain(
                 {
@@ -122,7 +124,8 @@ class _Builder:
                     "rows": self.rows,
                     "missing": gaps,
                     "base": self._base(),
-                    "methods": {name: self._method(name, seconds[name]) for name in self.methods},
+                    "methods": methods,
+                    "explained": explain.relations(methods),
                     "comparisons": self._comparisons(),
                     "times": {"train_seconds": seconds},
                 }
@@ -258,8 +261,15 @@ class _Builder:
             **{name: native[name] for name in ("matrix", *HEADLINE)},
             "by_style": by_style,
             "general": native["general"]["strict"],
+            "stages": self._stages(chain),
             "train_seconds": seconds,
         }
+
+    def _stages(self, chain: Chain) -> list[Json]:
+        """What may explain forgetting, stage by stage."""
+        style = self._native(chain.method)
+        matrices = {score: self._matrix(chain, _View(style, score)) for score in SCORES}
+        return explain.stages(self.run, chain, matrices, joint=self._joint(chain.method))
 
     def _train_seconds(self, chain: Chain) -> float | None:
         lines = [line for stage in chain.stages for line in self.run.train_log(stage)]

@@ -207,6 +207,16 @@ def test_all_methods_see_the_same_rows(base: Path, rows: list[Example], tmp_path
     assert one[:3] != one[3:6]
 
 
+def test_checkpointing_ends_with_the_same_bits(base: Path, taught: Path, rows: list[Example], tmp_path: Path) -> None:
+    stages = [
+        make_stage(tmp_path / str(each), base, grpo(), rows, parent=taught, gradient_checkpointing=each)
+        for each in (False, True)
+    ]
+    for stage in stages:
+        run(stage)
+    assert same_weights(*(stage.directory / "checkpoint" for stage in stages))
+
+
 def test_batches_of_a_seed_and_of_a_remainder(rows: list[Example]) -> None:
     first = batches(rows, TASK, 0, 1, 5)
     assert [len(batch) for batch in first] == [5, 5, 2]

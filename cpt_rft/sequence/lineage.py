@@ -10,14 +10,15 @@ from cpt_rft.errors import StageError, UserError
 from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
 from cpt_rft.sequence.history import anew, check_artefacts, judged_weights
+from cpt_rft.sequence.measure import is_measured
 from cpt_rft.sequence.plan import Chain, StagePlan
-from cpt_rft.sequence.rundir import Run
+from cpt_rft.sequence.rundir import Run, without_meters
 from cpt_rft.sequence.source import source_changed
 from eval.contract import scorer_terms
 from eval.records import VERSION
 
 EVALUATION_NAME = "evaluation.json"
-Word = Literal["done", "trained", "in work", "missing", "broken"]
+Word = Literal["done", "scored", "trained", "in work", "missing", "broken"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StageState:
         identity: What it must be.
         manifest: What was published, if anything readable was.
         evaluated: Whether its records are complete.
+        measured: Whether every measurement that the experiment asks for is there.
         problem: Why what is there cannot be used, if it cannot.
     """
 
@@ -36,6 +38,7 @@ class StageState:
     identity: dict[str, Any]
     manifest: Manifest | None = None
     evaluated: bool = False
+    measured: bool = False
     problem: UserError | None = None
 
     @property
@@ -44,7 +47,7 @@ class StageState:
         if self.problem is not None:
             return "broken"
         if self.manifest is not None:
-            return "done" if self.evaluated else "trained"
+            return ("done" if self.measured else "scored") if self.evaluated else "trained"
         return "in work" if self.stage.partial.exists() else "missing"
 
     def is_stale(self, code: str) -> bool:
@@ -108,7 +111,10 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str, source
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
         "method": dump(chain.method),
-        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+        "engine": {
+            **{"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+            **({"processes": engine.processes} if engine.processes > 1 else {}),
+        },
         "prompt_preset": experiment.data.prompt_preset,
         "seed": chain.seed,
         "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],
@@ -136,7 +142,7 @@ def _inspect(
     own = manifest.checkpoint_sha256
     judged = judged_weights(chain, {**learned, stage.name: own}, own)
     evaluated = is_evaluated(run, stage.directory / "eval", judged, full=full)
-    return StageState(stage, state.identity, manifest, evaluated)
+    return StageState(stage, state.identity, manifest, evaluated, is_measured(run, chain, stage, manifest))
 
 
 def first_problem(states: Sequence[StageState]) -> UserError | None:
@@ -154,7 +160,7 @@ def evaluation_key(run: Run, weights: str) -> str:
             "weights": weights,
             "records": VERSION,
             "scorer": scorer_terms(experiment.evaluation.scorer),
-            "evaluation": dump(experiment.evaluation),
+            "evaluation": without_meters(dump(experiment.evaluation)),
             "prompt_preset": experiment.data.prompt_preset,
             "data": {name: run.data.hashes[f"{name}/{split}"] for name in names},
         }

@@ -27,7 +27,9 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
     chains = selection.chains(experiment, directory)
     base = find_directory(experiment.base_model)
     size = sum((base / name).stat().st_size for name in list_tree(base)) if base.is_dir() else 0
-    workers = worker_count(experiment.workers, len(chains), experiment.engine.threads, size)
+    workers = worker_count(
+        experiment.workers, len(chains), experiment.engine.threads * experiment.engine.processes, size
+    )
     existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
     keys = ("chain", "stage", "parent", "rows", "steps", "tokens")
     return {

@@ -22,6 +22,7 @@ from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, StepResult, chunks
 from cpt_rft.engines.local.observe import OBSERVE_EVERY, GradientMeter, Kind, kind_of, reward_variance
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_blocks
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.errors import TrainingError, UserError
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import Score, reward, score
@@ -69,6 +70,14 @@ class _Totals:
     gap_sum: float = 0.0
     meter: GradientMeter | None = None
 
+    def share(self, team: Team) -> None:
+        """Make them those of all processes of the step."""
+        self.loss, self.kl, self.entropy = team.total(self.loss), team.total(self.kl), team.total(self.entropy)
+        self.seen, self.gap = round(team.total(self.seen)), team.largest(self.gap)
+        self.gap_sum = team.total(self.gap_sum)
+        if self.meter is not None:
+            self.meter.share(team)
+
 
 class GrpoObjective:
     """Rollout, reward, advantage, loss.
@@ -80,6 +89,7 @@ class GrpoObjective:
         preset: Which prompt suffixes.
         seed_path: Prefix of the rollouts' seeds.
         batches: The rows of every step, where one rollout serves several.
+        team: The processes that share a step.
     """
 
     def __init__(
@@ -90,9 +100,10 @@ class GrpoObjective:
         preset: str,
         seed_path: tuple[str | int, ...],
         batches: Sequence[Sequence[Example]] = (),
+        team: Team = ALONE,
     ) -> None:
         self.policy, self.method, self.preset, self.seed_path = policy, method, preset, seed_path
-        self.batches = batches
+        self.batches, self.team = batches, team
         self.network = Network(policy.model)
         self.reference = None if reference is None else Network(reference.model)
         self.banned = suppression(policy, self.network.device)
@@ -122,8 +133,9 @@ class GrpoObjective:
         totals = _Totals(meter=None if step % OBSERVE_EVERY else GradientMeter(self.policy.model, kinds))
         if not self.penalty_in_loss and not self.method.entropy_coef:
             groups = [group for group in groups if bool(group.advantages_N.any())]
-        for part in chunks(groups, self.method.micro_batch):
+        for part in chunks(self.team.mine(groups), self.method.micro_batch):
             self._micro_batch(part, size, place == 0, backward, totals)
+        totals.share(self.team)
         seen = totals.seen if place == 0 else 0
         measured = {
             "kl": None if self.reference is None else totals.kl / fields["tokens"],
@@ -139,13 +151,18 @@ class GrpoObjective:
 
     def rollout(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:
         """The completions of a step; each prompt's seed depends on the stage, the step and its place in the step."""
+        seeds = [derive_seed(*self.seed_path, "rollout", step, index) for index in range(len(prompts))]
+        return self.team.shared(self._write, list(zip(prompts, seeds, strict=True)))
+
+    def _write(self, asked: Sequence[tuple[EncodedPrompt, int]]) -> list[list[Completion]]:
+        """The completions of some prompts, each with its seed."""
         return generate(
             self.policy,
-            prompts,
+            [prompt for prompt, _ in asked],
             group=self.method.group,
             max_new_tokens=self.method.max_new_tokens,
             temperature=self.method.temperature,
-            seeds=[derive_seed(*self.seed_path, "rollout", step, index) for index in range(len(prompts))],
+            seeds=[seed for _, seed in asked],
         )
 
     def score(self, row: Example, completion: Completion) -> Score:
@@ -169,11 +186,7 @@ class GrpoObjective:
         completions = [group for each in sampled for group in each.completions]
         reference = None
         if self.reference is not None and self.method.kl_in == "reward":
-            reference = [
-                values_N
-                for part in chunks(list(zip(prompts, completions, strict=True)), self.method.micro_batch)
-                for values_N in self._reference_groups(part)
-            ]
+            reference = self.team.shared(self._reference_groups, list(zip(prompts, completions, strict=True)))
         advantages, rounded = token_advantages(
             self.method,
             rewards_PG,
@@ -224,9 +237,12 @@ class GrpoObjective:
 
     def _greedy_rewards(self, rows: Sequence[Example], prompts: Sequence[EncodedPrompt]) -> Tensor:
         """Reward of the likeliest completion of each prompt, (P,)."""
-        greedy = generate(self.policy, prompts, max_new_tokens=self.method.max_new_tokens, temperature=0.0)
+        greedy = self.team.shared(self._write_greedily, prompts)
         scores = [[self.score(row, group[0])] for row, group in zip(rows, greedy, strict=True)]
         return self._rewards(rows, scores)[:, 0]
+
+    def _write_greedily(self, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:
+        return generate(self.policy, prompts, max_new_tokens=self.method.max_new_tokens, temperature=0.0)
 
     def _prompts(self, rows: Sequence[Example]) -> list[EncodedPrompt]:
         texts = [(row.images, user_text(row, self.method.style, self.preset)) for row in rows]
@@ -294,9 +310,13 @@ class GrpoObjective:
             return torch.cat(known)
         return None if self.reference is None else self._reference_logprobs(contexts, blocks)
 
-    def _reference_groups(self, parts: Sequence[tuple[EncodedPrompt, list[Completion]]]) -> Sequence[Tensor]:
-        logprobs_N = self._reference_logprobs(*self._pack(parts))
-        return logprobs_N.split([sum(len(each.token_ids) for each in group) for _, group in parts])
+    def _reference_groups(self, groups: Sequence[tuple[EncodedPrompt, list[Completion]]]) -> list[Tensor]:
+        """Log-probabilities of each group's tokens under the reference, (N,)."""
+        found: list[Tensor] = []
+        for part in chunks(groups, self.method.micro_batch):
+            counts = [sum(len(each.token_ids) for each in group) for _, group in part]
+            found += self._reference_logprobs(*self._pack(part)).split(counts)
+        return found
 
     @torch.no_grad()
     def _reference_logprobs(self, contexts: Contexts, blocks: Blocks) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from cpt_rft.engines.local.team import Team
 from cpt_rft.scoring import Score
 
 Kind = Literal["right", "mixed", "wrong"]
@@ -51,6 +52,16 @@ class GradientMeter:
             flat = torch.cat([part.float().flatten() for part in parts])
             before = self.sums[kind]
             self.sums[kind] = flat if before is None else before + flat
+
+    def share(self, team: Team) -> None:
+        """Add up the shares of all processes of the step."""
+        for kind, gradient in self.sums.items():
+            # A kind that is left out everywhere stays left out.
+            if team.size > 1 and team.total(gradient is not None):
+                zeros = (torch.zeros(weight.numel(), device=weight.device) for weight in self.weights)
+                whole = torch.cat(list(zeros)) if gradient is None else gradient
+                team.add_up(whole)
+                self.sums[kind] = whole
 
     def norms(self) -> dict[str, float]:
         """``grad_norm_<kind>`` of every kind that is there: zero for a group that was left out of the update."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cpt_rft.checkpoint import released_name
 from cpt_rft.config.methods import MethodConfig
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.errors import TrainingError
 
 
@@ -34,11 +35,20 @@ class Optimiser:
         steps: Steps of the stage.
         dtype: Arithmetic of forward and backward.
         max_skipped: More steps than this without a finite loss and gradient end the stage.
+        team: The processes whose gradients are added up.
     """
 
     def __init__(
-        self, model: nn.Module, method: MethodConfig, steps: int, *, dtype: torch.dtype, max_skipped: int
+        self,
+        model: nn.Module,
+        method: MethodConfig,
+        steps: int,
+        *,
+        dtype: torch.dtype,
+        max_skipped: int,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.method, self.steps, self.max_skipped, self.skipped = method, steps, max_skipped, 0
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -78,6 +88,7 @@ class Optimiser:
         """
         gradient = self.master.grad
         assert gradient is not None
+        self.team.add_up(gradient)
         lr = learning_rate(self.method, step, self.steps)
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(loss)):

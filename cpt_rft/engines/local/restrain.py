@@ -21,6 +21,7 @@ from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, chunks
 from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.packing import pack_blocks
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.prompts import user_text
 
 
@@ -40,10 +41,19 @@ class WeightPenalty:
         strength: Its weight.
         anchor: Where it pulls to.
         importance: How much each weight counts; none for all alike.
+        team: The processes that share a step.
     """
 
-    def __init__(self, master: Tensor, strength: float, anchor: Tensor, importance: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        master: Tensor,
+        strength: float,
+        anchor: Tensor,
+        importance: Tensor | None = None,
+        team: Team = ALONE,
+    ) -> None:
         self.master, self.strength, self.anchor, self.importance = master, strength, anchor, importance
+        self.team = team
 
     def gradients(self, rows: Sequence[Example], backward: Backward) -> float:
         """See `Restraint.gradients`; the rows do not matter."""
@@ -54,7 +64,7 @@ class WeightPenalty:
             else ewc_penalty(weights, anchor, {"all": self.importance})
         )
         penalty = self.strength * bare
-        backward(penalty)
+        backward(penalty / self.team.size)  # every process adds its part of what all of them know
         return float(penalty.detach())
 
 
@@ -69,21 +79,23 @@ class Distillation:
         previous: The model at the start of the stage.
         settings: Strength, temperature, longest answer.
         stage: Prompt style and preset, rows in memory at once.
+        team: The processes that share a step.
     """
 
-    def __init__(self, policy: Policy, previous: Policy, settings: Lwf, stage: Stage) -> None:
+    def __init__(self, policy: Policy, previous: Policy, settings: Lwf, stage: Stage, team: Team = ALONE) -> None:
+        self.team = team
         self.policy, self.previous, self.settings, self.stage = policy, previous, settings, stage
         self.network, self.teacher = Network(policy.model), Network(previous.model)
 
     def gradients(self, rows: Sequence[Example], backward: Backward) -> float:
         """See `Restraint.gradients`."""
-        method, total = self.stage.method, 0.0
+        method, total, rows = self.stage.method, 0.0, self.team.mine(rows)
         texts = [(row.images, user_text(row, method.style, self.stage.prompt_preset)) for row in rows]
         prompts = encode_prompts(self.policy, texts, [row.id for row in rows])
         limit = self.settings.max_new_tokens
-        written = generate(self.previous, prompts, max_new_tokens=limit, temperature=0.0)
+        written = generate(self.previous, prompts, max_new_tokens=limit, temperature=0.0) if prompts else []
         answers = [[each.token_ids for each in group] for group in written]
-        tokens = sum(len(ids) for group in answers for ids in group)
+        tokens = round(self.team.total(sum(len(ids) for group in answers for ids in group)))
         for part in chunks(list(zip(prompts, answers, strict=True)), method.micro_batch):
             contexts = self.network.contexts([prompt for prompt, _ in part])
             blocks = pack_blocks(contexts, [group for _, group in part])
@@ -94,7 +106,7 @@ class Distillation:
             loss = self.settings.strength * token_mean(loss_N, torch.ones_like(loss_N), tokens)
             backward(loss)
             total += float(loss.detach())
-        return total
+        return self.team.total(total)
 
 
 class Orthogonality:
@@ -104,10 +116,13 @@ class Orthogonality:
         adapter: The adapters being trained.
         earlier: A of every layer, of each earlier stage.
         strength: Its weight.
+        team: The processes that share a step.
     """
 
-    def __init__(self, adapter: Adapter, earlier: Sequence[Mapping[str, Tensor]], strength: float) -> None:
-        self.adapter, self.strength = adapter, strength
+    def __init__(
+        self, adapter: Adapter, earlier: Sequence[Mapping[str, Tensor]], strength: float, team: Team = ALONE
+    ) -> None:
+        self.adapter, self.strength, self.team = adapter, strength, team
         self.earlier = {
             layer: [each[layer].to(down.device) for each in earlier] for layer, down in adapter.down.items()
         }
@@ -117,7 +132,7 @@ class Orthogonality:
         downs = self.adapter.down.items()
         shared = [orthogonality_penalty(self.earlier[layer], down.float()) for layer, down in downs]
         penalty = self.strength * torch.stack(shared).sum()
-        backward(penalty)
+        backward(penalty / self.team.size)
         return float(penalty.detach())
 
 
@@ -125,18 +140,19 @@ def make_restraints(
     stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None, dtype: torch.dtype, device: str
 ) -> list[Restraint]:
     """The restraints of a stage; to be called before a resume point is restored, while the weights are the start's."""
-    method = stage.method
+    method, team = stage.method, optimiser.team
     restraints: list[Restraint] = []
     if method.l2 is not None:
-        restraints.append(WeightPenalty(optimiser.master, method.l2.strength, optimiser.master.detach().clone()))
+        start = optimiser.master.detach().clone()
+        restraints.append(WeightPenalty(optimiser.master, method.l2.strength, start, team=team))
     if method.ewc is not None and stage.history:
         importance, anchor = (optimiser.flat(part) for part in read_importance(stage.history[-1].artefacts))
-        restraints.append(WeightPenalty(optimiser.master, method.ewc.strength, anchor, importance))
+        restraints.append(WeightPenalty(optimiser.master, method.ewc.strength, anchor, importance, team))
     if method.lwf is not None:
         previous = load_policy(stage.parent, dtype=dtype, device=device)
         previous.model.requires_grad_(False)
-        restraints.append(Distillation(policy, previous, method.lwf, stage))
+        restraints.append(Distillation(policy, previous, method.lwf, stage, team))
     if adapter is not None and method.lora is not None and method.lora.orthogonality and stage.history:
         earlier = [read_down(before.artefacts / ADAPTER_NAME) for before in stage.history]
-        restraints.append(Orthogonality(adapter, earlier, method.lora.orthogonality))
+        restraints.append(Orthogonality(adapter, earlier, method.lora.orthogonality, team))
     return restraints

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from cpt_rft.data.example import Example
 from cpt_rft.engines.base import Source, Stage
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.objective import chunks
+from cpt_rft.engines.local.team import Team
 from cpt_rft.files import write_json_atomic, write_text_atomic
 from cpt_rft.methods.instances import KEPT_NAME, Tried, answered, filtered, refuse_nothing
 from cpt_rft.prompts import user_text
@@ -45,7 +47,7 @@ def tries_of(method: MethodConfig) -> Tries | None:
 
 
 def chosen_rows(
-    stage: Stage, rows: Mapping[str, Sequence[Example]], fingerprint: str, dtype: torch.dtype, device: str
+    stage: Stage, rows: Mapping[str, Sequence[Example]], fingerprint: str, dtype: torch.dtype, device: str, team: Team
 ) -> dict[str, list[Example]]:
     """The rows that a stage trains on, by task: all of them, or what the tries at them leave.
 
@@ -56,7 +58,7 @@ def chosen_rows(
     if tries is None:
         return {task: list(own) for task, own in rows.items()}
     everything = [row for task in sorted(rows) for row in rows[task]]
-    tried = _Tried(stage, tries, fingerprint).all(everything, dtype, device)
+    tried = _Tried(stage, tries, fingerprint, team).all(everything, dtype, device)
     kept = {task: _chosen(stage, rows[task], tried) for task in sorted(rows)}
     why, fix = _nothing(stage.method)
     refuse_nothing(stage.tasks, [row for own in kept.values() for row in own], why, fix)
@@ -64,7 +66,8 @@ def chosen_rows(
     counts = {task: {"rows": len(rows[task]), "solvable": solvable[task], "kept": len(kept[task])} for task in kept}
     ids = [row.id for own in kept.values() for row in own]
     source = source_of(stage)
-    write_json_atomic(stage.directory / KEPT_NAME, {"source": source.label, "tasks": counts, "ids": ids})
+    if team.leads:
+        write_json_atomic(stage.directory / KEPT_NAME, {"source": source.label, "tasks": counts, "ids": ids})
     return kept
 
 
@@ -112,23 +115,24 @@ class _Tried:
     A batch is a fixed run of the ordered rows, so that whoever goes on makes the same ones with the same bits.
     """
 
-    def __init__(self, stage: Stage, tries: Tries, fingerprint: str) -> None:
-        self.stage, self.tries = stage, tries
+    def __init__(self, stage: Stage, tries: Tries, fingerprint: str, team: Team) -> None:
+        self.stage, self.tries, self.team = stage, tries, team
         self.path = stage.directory / WORK_NAME
         self.header = json.dumps({"fingerprint": fingerprint})
 
     def all(self, rows: Sequence[Example], dtype: torch.dtype, device: str) -> dict[str, Tried]:
         """The tries at every row, those that are there already and those that are missing."""
         size = self.stage.method.micro_batch
-        lines = self._committed(len(rows), size)
+        lines = self.team.told(self._committed(len(rows), size) if self.team.leads else [])
         policy = None
         for part in chunks(rows[len(lines) :], size):
             policy = policy or load_policy(source_of(self.stage).checkpoint, dtype=dtype, device=device)
-            fresh = [json.dumps(line, ensure_ascii=False) for line in self._batch(policy, part)]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in fresh))
-                file.flush()
-                os.fsync(file.fileno())
+            fresh = self.team.shared(partial(self._batch, policy), part)
+            if self.team.leads:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(f"{line}\n" for line in fresh))
+                    file.flush()
+                    os.fsync(file.fileno())
             lines += fresh
         read = [json.loads(line) for line in lines]
         return {line["id"]: Tried(line["correct"], line.get("response")) for line in read}
@@ -145,7 +149,7 @@ class _Tried:
         return lines
 
     @torch.no_grad()
-    def _batch(self, policy: Policy, rows: Sequence[Example]) -> list[dict[str, Any]]:
+    def _batch(self, policy: Policy, rows: Sequence[Example]) -> list[str]:
         """One line a row. The prompt and the scorer are those of training; the seed depends on the row and the training
         seed and not on the method, so that arms that start from one model make the same tries.
         """
@@ -168,7 +172,7 @@ class _Tried:
             if method.filter is None:
                 ended = zip(texts_G, right_G, group, strict=True)
                 line["response"] = next((text for text, right, each in ended if right and each.finish == "stop"), None)
-            lines.append(line)
+            lines.append(json.dumps(line, ensure_ascii=False))
         return lines
 
     def _is_right(self, row: Example, text: str, truncated: bool) -> bool:

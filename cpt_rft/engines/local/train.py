@@ -19,68 +19,91 @@ from cpt_rft.engines.local.importance import leave_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
 from cpt_rft.engines.local.objective import Objective
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.parallel import train_together
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
 from cpt_rft.engines.local.rollouts import chosen_rows, clear_rollouts, leave_rollouts
 from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.seeds import derive_seed
 
 
 class LocalEngine:
-    """Trains in this process."""
+    """Trains in this process, or in several that it starts."""
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
         if rounds_of(stage.method) > 1:
-            train_rounds(stage, report, self._train)
+            train_rounds(stage, report, _train)
         else:
-            self._train(stage, report)
+            _train(stage, report)
 
-    def _train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
-        """One pass of the loop: from the rows, all or chosen, to a checkpoint."""
-        dtype, device = prepare(stage.engine)
-        fingerprint = stage_fingerprint(stage, dtype)
-        batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device))
-        policy = load_policy(stage.parent, device=device)
-        adapter = make_adapter(stage, policy)
-        optimiser = Optimiser(
-            policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
+
+def _train(stage: Stage, report: Callable[[StepLog], None]) -> None:
+    """In this process or in several."""
+    if stage.engine.processes > 1:
+        train_together(stage, report)
+    else:
+        train_stage(stage, ALONE, report)
+
+
+def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> None:
+    """This process's share of a stage; the one that leads writes everything."""
+    dtype, device = prepare(stage.engine, team.rank)
+    fingerprint = stage_fingerprint(stage, dtype)
+    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
+    policy = load_policy(stage.parent, device=device)
+    policy.model.model.language_model.gradient_checkpointing = stage.engine.gradient_checkpointing
+    adapter = make_adapter(stage, policy)
+    skipped = stage.engine.max_skipped_steps
+    optimiser = Optimiser(policy.model, stage.method, len(batches), dtype=dtype, max_skipped=skipped, team=team)
+    objective = make_objective(stage, policy, batches, dtype, device, team)
+    restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
+    journal = Journal(stage, fingerprint)
+    begin = _resume(journal, optimiser, team)
+    for step in range(begin, len(batches)):
+        started = time.perf_counter()
+        rows = batches[step]
+        new = [row for row in rows if row.task in stage.tasks]
+        result = objective.gradients(step, rows, optimiser.backward)
+        penalty = sum(restraint.gradients(new, optimiser.backward) for restraint in restraints)
+        outcome = optimiser.step(step, result.loss + penalty)
+        fields: dict[str, Any] = {key: _finite(value) for key, value in result.fields.items()}
+        line = StepLog(
+            step=step + 1,
+            steps=len(batches),
+            loss=result.loss if math.isfinite(result.loss) else None,
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+            skipped=optimiser.skipped,
+            seconds=time.perf_counter() - started,
+            replayed=len(rows) - len(new) if stage.method.replay else None,
+            penalty=_finite(penalty) if restraints else None,
+            **fields,
         )
-        objective = make_objective(stage, policy, batches, dtype, device)
-        restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
-        journal = Journal(stage, fingerprint)
-        progress = journal.open()
-        if progress is not None:
-            optimiser.restore(progress.optimiser)
-        for step in range(progress.step if progress else 0, len(batches)):
-            started = time.perf_counter()
-            rows = batches[step]
-            new = [row for row in rows if row.task in stage.tasks]
-            result = objective.gradients(step, rows, optimiser.backward)
-            penalty = sum(restraint.gradients(new, optimiser.backward) for restraint in restraints)
-            outcome = optimiser.step(step, result.loss + penalty)
-            fields: dict[str, Any] = {key: _finite(value) for key, value in result.fields.items()}
-            line = StepLog(
-                step=step + 1,
-                steps=len(batches),
-                loss=result.loss if math.isfinite(result.loss) else None,
-                lr=outcome.lr,
-                grad_norm=outcome.grad_norm,
-                skipped=optimiser.skipped,
-                seconds=time.perf_counter() - started,
-                replayed=len(rows) - len(new) if stage.method.replay else None,
-                penalty=_finite(penalty) if restraints else None,
-                **fields,
-            )
-            journal.write(line)
-            report(line)
-            if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
-                journal.save(Progress(step + 1, optimiser.state()))
+        if not team.leads:
+            continue
+        journal.write(line)
+        report(line)
+        if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
+            journal.save(Progress(step + 1, optimiser.state()))
+    if team.leads:
         _publish(stage, policy, optimiser, adapter)
         journal.close()
         clear_rollouts(stage)
+
+
+def _resume(journal: Journal, optimiser: Optimiser, team: Team) -> int:
+    """Take up the resume point, if there is one that can be used; returns the steps that are done."""
+    progress = journal.open() if team.leads else None
+    done = team.told(progress.step if progress else 0)
+    if done and not team.leads:
+        progress = journal.load()
+    if progress is not None:
+        optimiser.restore(progress.optimiser)
+    return done
 
 
 def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None) -> None:
@@ -105,18 +128,23 @@ def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
 
 
 def make_objective(
-    stage: Stage, policy: Policy, batches: Sequence[Sequence[Example]], dtype: torch.dtype, device: str
+    stage: Stage,
+    policy: Policy,
+    batches: Sequence[Sequence[Example]],
+    dtype: torch.dtype,
+    device: str,
+    team: Team = ALONE,
 ) -> Objective:
     """The objective of a stage; the reference policy is loaded only where it is needed."""
     method = stage.method
     if method.kind == "sft":
-        return SftObjective(policy, method, stage.prompt_preset)
+        return SftObjective(policy, method, stage.prompt_preset, team)
     reference = None
     if method.kl_coef > 0:
         directory = stage.base if method.kl_reference == "base" else stage.parent
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
-    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches)
+    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches, team)
 
 
 def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
