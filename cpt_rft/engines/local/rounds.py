@@ -9,6 +9,7 @@ from pathlib import Path
 from cpt_rft.config.methods import MethodConfig
 from cpt_rft.engines.base import ARTEFACTS_NAME, Source, Stage, StepLog
 from cpt_rft.files import discard_directory, read_json_lines, write_text_atomic
+from cpt_rft.methods.instances import KEPT_NAME
 from cpt_rft.seeds import derive_seed
 
 Train = Callable[[Stage, Callable[[StepLog], None]], None]
@@ -23,8 +24,7 @@ def rounds_of(method: MethodConfig) -> int:
 def train_rounds(stage: Stage, report: Callable[[StepLog], None], train: Train) -> None:
     """Train every round that is not done, each as a stage of its own from the checkpoint of the one before.
 
-    A round whose checkpoint is there is done: it is written last, whole or not at all. The optimizer, the schedule and
-    the order of the rows begin anew in each; its log lines are numbered on.
+    The optimizer, the schedule and the order of the rows begin anew in each; its log lines are numbered on.
 
     Source: Chen et al., "Retaining by Doing", arXiv 2510.18874, Iterative-SFT. Differs from: the optimizer's moments
     are not carried over.
@@ -36,7 +36,7 @@ def train_rounds(stage: Stage, report: Callable[[StepLog], None], train: Train) 
         def numbered(line: StepLog, before: int = done, left: int = left) -> None:
             report(replace(line, step=before + line.step, steps=before + left * line.steps))
 
-        if not (each.directory / "checkpoint").is_dir():
+        if not _is_done(each):
             each.directory.mkdir(parents=True, exist_ok=True)
             train(each, numbered)
         done += len(read_json_lines(each.directory / LOG))
@@ -58,6 +58,11 @@ def _rounds(stage: Stage) -> list[Stage]:
             )
         )
     return rounds
+
+
+def _is_done(stage: Stage) -> bool:
+    """Whether a round has a checkpoint and the list of its rows, which is left last."""
+    return (stage.directory / "checkpoint").is_dir() and (stage.directory / ARTEFACTS_NAME / KEPT_NAME).is_file()
 
 
 def _gather(stage: Stage, rounds: list[Stage]) -> None:
