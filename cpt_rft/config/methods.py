@@ -3,10 +3,17 @@
 The text under a field is its help: it appears in the JSON Schema that editors read (``cpt-rft schema``).
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from cpt_rft.config.restraints import Restrained
 from cpt_rft.config.rollouts import Filter, Rollouts
@@ -39,6 +46,8 @@ class _Method(Restrained):
     """Gradients are scaled down to this norm."""
     epochs: PositiveInt = 1
     """Passes over the rows of a stage."""
+    task_epochs: Mapping[Name, PositiveInt] = Field(default_factory=dict)
+    """Passes over the rows of these tasks, where another number than `epochs` is wanted; not for joint training."""
     prompts_per_step: PositiveInt
     """Prompts (rows) in one optimizer step. Equal for all methods: they then see the same rows at the same step."""
     micro_batch: PositiveInt
@@ -55,6 +64,20 @@ class _Method(Restrained):
     def knows_its_rows(self) -> bool:
         """Whether it trains on all rows of a stage, so that their number is known before it starts."""
         return self.filter is None
+
+    def epochs_of(self, tasks: Sequence[str]) -> int:
+        """Passes over the rows of a stage on these tasks."""
+        return self.task_epochs.get(tasks[0], self.epochs) if len(tasks) == 1 else self.epochs
+
+    @model_serializer(mode="wrap")
+    def _without_what_most_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        lean = {
+            *Restrained.model_fields,
+            "task_epochs",
+            "filter",
+            "rollouts",
+        }  # absent from identities where they are not used
+        return {key: value for key, value in dump(self).items() if key not in lean or value}
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:

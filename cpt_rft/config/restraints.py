@@ -4,10 +4,9 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cpt_rft.config.strict import KeyedError, NotNegative, Strict
 
@@ -86,7 +85,7 @@ class Lora(Strict):
 
 
 class Restrained(Strict):
-    """The parts that hold a method back; an absent part is absent from what is dumped too."""
+    """The parts that hold a method back."""
 
     replay: Replay | None = None
     """Experience replay: rows of earlier tasks in every step."""
@@ -130,13 +129,3 @@ class Restrained(Strict):
                 yield key, "a joint method has one stage, so there is nothing earlier; remove it"
             if self.lora is not None and (self.lora.per_task or self.lora.orthogonality):
                 yield "lora", "a joint method has one stage, so there is no earlier adapter; remove it"
-
-    @model_serializer(mode="wrap")
-    def _only_what_is_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        parts = {key for key, field in type(self).model_fields.items() if _is_part(field)}
-        return {key: value for key, value in dump(self).items() if key not in parts or value is not None}
-
-
-def _is_part(field: FieldInfo) -> bool:
-    """Whether a field is an object of its own that may be absent."""
-    return any(isinstance(member, type) and issubclass(member, Strict) for member in get_args(field.annotation))

@@ -163,6 +163,10 @@ class Engine(Protocol):
 
 def get_engine(config: EngineConfig) -> Engine:
     """The engine that a configuration names."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
+
+        return LlamaFactoryEngine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -170,6 +174,10 @@ def get_engine(config: EngineConfig) -> Engine:
 
 def resolve_engine(config: EngineConfig) -> EngineConfig:
     """The same configuration with ``auto`` replaced by what this machine has; done once a run, then kept."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
+
+        return resolve_llamafactory(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)

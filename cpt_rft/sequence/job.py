@@ -124,7 +124,8 @@ def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
     from eval.contract import asked_vision
 
     verify_checkpoint(base)
-    trained, scored = VisionSpec.read(base), asked_vision(base, experiment.evaluation)
+    trained = VisionSpec.read(base).with_limits(*experiment.engine.pixel_limits)
+    scored = asked_vision(base, experiment.evaluation)
     if trained != scored:
         raise ConfigError(
             f"Training follows the files of {base}, scoring would not: {'; '.join(spec_differences(trained, scored))}.",

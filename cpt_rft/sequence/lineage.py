@@ -102,7 +102,6 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str, source
         source: Hash of the identity of the stage of another method that it learns from.
     """
     experiment = run.experiment
-    engine = experiment.engine
     return {
         "format": 1,
         "parent": parent,
@@ -111,10 +110,7 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str, source
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
         "method": dump(chain.method),
-        "engine": {
-            **{"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
-            **({"processes": engine.processes} if engine.processes > 1 else {}),
-        },
+        "engine": experiment.engine.identity(),
         "prompt_preset": experiment.data.prompt_preset,
         "seed": chain.seed,
         "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],

@@ -5,16 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from cpt_rft.config.methods import GrpoMethod, MethodConfig, SftMethod
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
+from cpt_rft.sequence.sizes import PROMPT_TOKENS, rows_and_tokens
 
 JOINT_STAGE = "multitask"
 # Estimates only; nothing depends on them but what `plan` prints and how far a progress bar moves.
-PROMPT_TOKENS = 48
 LABEL_TOKENS = {"direct": 4, "cot": 24}
 RECORD_BYTES = 600
 ROW_BYTES = 4096
@@ -169,48 +168,41 @@ def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan
 
     Where rollouts choose the rows first, rows and steps are upper bounds.
     """
-    rows = experiment.data.train * len(stage.tasks)
-    tried = _trying_cost(method, rows)
-    rounds = 1 if tried is None else tried.rounds
-    prompts = rows * method.epochs * rounds
-    steps = math.ceil(rows * method.epochs / method.prompts_per_step) * rounds
+    rows, once = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    rounds, tried = _tries(method, rows)
+    epochs = method.epochs_of(stage.tasks)
+    prompts, read = rows * epochs * rounds, once * epochs * rounds
+    steps = math.ceil(rows * epochs / method.prompts_per_step) * rounds
     if method.replay is not None and stage.index > 1:
-        prompts += steps * method.replay.rows_per_step
+        extra = steps * method.replay.rows_per_step
+        prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
-        cost = Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
-    else:
-        cost = Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
-    if tried is None:
-        return cost
-    return replace(cost, read=cost.read + rows * rounds * PROMPT_TOKENS, written=cost.written + tried.written)
+        return Cost(rows, steps, read + completions + once * bool(tried), completions + tried)
+    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style] + once * rounds * bool(tried), tried)
 
 
-class _Tried(NamedTuple):
-    rounds: int
-    written: int
-
-
-def _trying_cost(method: MethodConfig, rows: int) -> _Tried | None:
-    """The rounds of a stage, and the tokens of the tries at its rows before it trains; none where all rows are used."""
+def _tries(method: MethodConfig, rows: int) -> tuple[int, int]:
+    """The rounds of a stage, and the tokens of the tries at its rows before it trains; 1 and 0 where all are used."""
     if isinstance(method, SftMethod) and method.rollouts is not None:
         part = method.rollouts
-        return _Tried(part.rounds, rows * part.rounds * part.samples * part.max_new_tokens)
+        return part.rounds, rows * part.rounds * part.samples * part.max_new_tokens
     if method.filter is None:
-        return None
+        return 1, 0
     longest = method.max_new_tokens if isinstance(method, GrpoMethod) else method.filter.max_new_tokens
-    return _Tried(1, rows * method.filter.rollouts * (longest or 0))
+    return 1, rows * method.filter.rollouts * (longest or 0)
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     """What scoring one checkpoint on everything takes; the base model is sampled too."""
     evaluation = experiment.evaluation
     there: int = getattr(experiment.data, evaluation.split)
-    rows_a_task = min(evaluation.rows or there, there)
-    rows = rows_a_task * (len(experiment.tasks) + len(evaluation.general)) * len(evaluation.styles)
+    names = (*experiment.tasks, *evaluation.general)
+    rows, read = rows_and_tokens(experiment.data, names, evaluation.split, min(evaluation.rows or there, there))
+    rows, read = rows * len(evaluation.styles), read * len(evaluation.styles)
     written = sum(min(evaluation.max_new_tokens, LABEL_TOKENS[style]) for style in evaluation.styles)
     written = written * rows // len(evaluation.styles) * (1 + evaluation.base_samples * base)
-    return Cost(rows, 0, rows * PROMPT_TOKENS, written)
+    return Cost(rows, 0, read, written)
 
 
 def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Cost:
@@ -231,8 +223,18 @@ def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Co
     return Cost(rows, steps, read, written)
 
 
-def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
-    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
+def disk_bytes(
+    experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int, work_bytes: int | None = None
+) -> int:
+    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides.
+
+    Args:
+        experiment: The study.
+        chains: What is to be run.
+        checkpoint_bytes: Size of a checkpoint.
+        workers: Chains side by side.
+        work_bytes: What a stage in work holds; none for four checkpoints, as in the local engine.
+    """
     stages = sum(len(chain.stages) for chain in chains)
     left = sum(2 * len(chain.stages) for chain in chains if chain.method.ewc is not None)  # two numbers a weight
     data = experiment.data
@@ -240,7 +242,7 @@ def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes
         data.dev + data.test
     )
     records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
-    in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
+    in_work = min(workers, len(chains)) * (4 * checkpoint_bytes if work_bytes is None else work_bytes)
     return (stages + left) * checkpoint_bytes + in_work + rows * ROW_BYTES + records
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
+from cpt_rft.config.engine import LocalConfig
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches, stage_rows
@@ -43,22 +44,25 @@ class LocalEngine:
 
 def _train(stage: Stage, report: Callable[[StepLog], None]) -> None:
     """In this process or in several."""
-    if stage.engine.processes > 1:
-        train_together(stage, report)
+    processes = local_config(stage).processes
+    if processes > 1:
+        train_together(stage, processes, report)
     else:
         train_stage(stage, ALONE, report)
 
 
 def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> None:
     """This process's share of a stage; the one that leads writes everything."""
-    dtype, device = prepare(stage.engine, team.rank)
+    engine = local_config(stage)
+    dtype, device = prepare(engine, team.rank if team.size > 1 else None)
     fingerprint = stage_fingerprint(stage, dtype)
     batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
     policy = load_policy(stage.parent, device=device)
-    policy.model.model.language_model.gradient_checkpointing = stage.engine.gradient_checkpointing
+    policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
     adapter = make_adapter(stage, policy)
-    skipped = stage.engine.max_skipped_steps
-    optimiser = Optimiser(policy.model, stage.method, len(batches), dtype=dtype, max_skipped=skipped, team=team)
+    optimiser = Optimiser(
+        policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps, team=team
+    )
     objective = make_objective(stage, policy, batches, dtype, device, team)
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, fingerprint)
@@ -87,12 +91,18 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             continue
         journal.write(line)
         report(line)
-        if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
+        if (step + 1) % engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
             journal.save(Progress(step + 1, optimiser.state()))
     if team.leads:
         _publish(stage, policy, optimiser, adapter)
         journal.close()
         clear_rollouts(stage)
+
+
+def local_config(stage: Stage) -> LocalConfig:
+    """The configuration of this engine, which `get_engine` chose by it."""
+    assert isinstance(stage.engine, LocalConfig)
+    return stage.engine
 
 
 def _resume(journal: Journal, optimiser: Optimiser, team: Team) -> int:
