@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import encode_prompts, load_policy
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import LocalConfig
 from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
@@ -249,18 +249,18 @@ def test_joint_training_mixes_tasks_whatever_their_order(base: Path, rows: list[
 
 
 def test_what_the_machine_has_is_found_once() -> None:
-    resolved = resolve_engine(EngineConfig(name="local"))
+    resolved = resolve_engine(LocalConfig(name="local"))
     assert resolved.dtype in ("float32", "bfloat16")
     assert resolved.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_engine(resolved) == resolved
-    fixed = EngineConfig(name="local", dtype="bfloat16", device="cpu")
+    fixed = LocalConfig(name="local", dtype="bfloat16", device="cpu")
     assert resolve_engine(fixed) == fixed
     assert prepare(fixed) == (torch.bfloat16, "cpu")
 
 
 def test_threads_are_set() -> None:
     before = torch.get_num_threads()
-    prepare(EngineConfig(name="local", device="cpu", threads=2))
+    prepare(LocalConfig(name="local", device="cpu", threads=2))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 
@@ -268,4 +268,4 @@ def test_threads_are_set() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match="no usable GPU"):
-        prepare(EngineConfig(name="local", device="cuda"))
+        prepare(LocalConfig(name="local", device="cuda"))

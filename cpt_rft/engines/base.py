@@ -29,6 +29,19 @@ class EarlierStage:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A checkpoint whose rollouts a stage learns from.
+
+    Attributes:
+        checkpoint: Its directory.
+        label: Which it is, for the rows made from them.
+    """
+
+    checkpoint: Path
+    label: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training job.
 
@@ -45,6 +58,7 @@ class Stage:
         seed: Training seed.
         seed_path: Prefix of every seed that belongs to this stage.
         history: The stages before this one, in order.
+        source: Who tries the rows first, for a method that chooses or writes its rows by that; the parent if none.
     """
 
     directory: Path
@@ -58,6 +72,7 @@ class Stage:
     seed: int
     seed_path: tuple[str | int, ...]
     history: tuple[EarlierStage, ...] = ()
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,10 @@ class Engine(Protocol):
 
 def get_engine(config: EngineConfig) -> Engine:
     """The engine that a configuration names."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
+
+        return LlamaFactoryEngine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -159,6 +178,10 @@ def get_engine(config: EngineConfig) -> Engine:
 
 def resolve_engine(config: EngineConfig) -> EngineConfig:
     """The same configuration with ``auto`` replaced by what this machine has; done once a run, then kept."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
+
+        return resolve_llamafactory(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from cpt_rft.config.methods import GrpoMethod, MethodConfig
+from cpt_rft.config.methods import GrpoMethod, MethodConfig, SftMethod
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
+from cpt_rft.sequence.sizes import PROMPT_TOKENS, rows_and_tokens
 
 JOINT_STAGE = "multitask"
 # Estimates only; nothing depends on them but what `plan` prints and how far a progress bar moves.
-PROMPT_TOKENS = 48
 LABEL_TOKENS = {"direct": 4, "cot": 24}
 RECORD_BYTES = 600
 ROW_BYTES = 4096
@@ -71,6 +71,12 @@ class Chain:
             StagePlan(index, name, tasks, self.directory / f"{index}_{name}")
             for index, (name, tasks) in enumerate(parts, start=1)
         )
+
+    @property
+    def source(self) -> "Chain | None":
+        """The chain of the same order and seed whose checkpoints write what this one learns from, if there is one."""
+        name = self.method.learns_from
+        return None if name is None else replace(self, method=self.experiment.methods[name])
 
     def stage(self, name: str) -> StagePlan:
         """The stage of a task.
@@ -158,29 +164,48 @@ class Cost:
 
 
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
-    """What training a stage takes; completions count in full length."""
-    rows = experiment.data.train * len(stage.tasks)
-    prompts = rows * method.epochs
-    steps = math.ceil(prompts / method.prompts_per_step)
+    """What training a stage takes; completions count in full length.
+
+    Where rollouts choose the rows first, rows and steps are upper bounds.
+    """
+    rows, once = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    rounds, tried = _tries(method, rows)
+    epochs = method.epochs_of(stage.tasks)
+    prompts, read = rows * epochs * rounds, once * epochs * rounds
+    steps = math.ceil(rows * epochs / method.prompts_per_step) * rounds
     if method.replay is not None and stage.index > 1:
-        prompts += steps * method.replay.rows_per_step
+        extra = steps * method.replay.rows_per_step
+        prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
         group = method.group + (method.advantage == "remax") + (method.prefix is not None)
-        tries = rows * method.curriculum.rollouts if method.curriculum else 0
-        completions = (prompts * group + tries) * method.max_new_tokens
-        return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
-    return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+        completions = prompts * group * method.max_new_tokens
+        return Cost(rows, steps, read + completions + once * bool(tried), completions + tried)
+    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style] + once * rounds * bool(tried), tried)
+
+
+def _tries(method: MethodConfig, rows: int) -> tuple[int, int]:
+    """The rounds of a stage, and the tokens of the tries at its rows before it trains; 1 and 0 where all are used."""
+    if isinstance(method, SftMethod) and method.rollouts is not None:
+        part = method.rollouts
+        return part.rounds, rows * part.rounds * part.samples * part.max_new_tokens
+    if isinstance(method, GrpoMethod) and method.curriculum is not None:
+        return 1, rows * method.curriculum.rollouts * method.max_new_tokens
+    if method.filter is None:
+        return 1, 0
+    longest = method.max_new_tokens if isinstance(method, GrpoMethod) else method.filter.max_new_tokens
+    return 1, rows * method.filter.rollouts * (longest or 0)
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     """What scoring one checkpoint on everything takes; the base model is sampled too."""
     evaluation = experiment.evaluation
     there: int = getattr(experiment.data, evaluation.split)
-    rows_a_task = min(evaluation.rows or there, there)
-    rows = rows_a_task * (len(experiment.tasks) + len(evaluation.general)) * len(evaluation.styles)
+    names = (*experiment.tasks, *evaluation.general)
+    rows, read = rows_and_tokens(experiment.data, names, evaluation.split, min(evaluation.rows or there, there))
+    rows, read = rows * len(evaluation.styles), read * len(evaluation.styles)
     written = sum(min(evaluation.max_new_tokens, LABEL_TOKENS[style]) for style in evaluation.styles)
     written = written * rows // len(evaluation.styles) * (1 + evaluation.base_samples * base)
-    return Cost(rows, 0, rows * PROMPT_TOKENS, written)
+    return Cost(rows, 0, read, written)
 
 
 def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Cost:
@@ -201,8 +226,18 @@ def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Co
     return Cost(rows, steps, read, written)
 
 
-def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
-    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
+def disk_bytes(
+    experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int, work_bytes: int | None = None
+) -> int:
+    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides.
+
+    Args:
+        experiment: The study.
+        chains: What is to be run.
+        checkpoint_bytes: Size of a checkpoint.
+        workers: Chains side by side.
+        work_bytes: What a stage in work holds; none for four checkpoints, as in the local engine.
+    """
     stages = sum(len(chain.stages) for chain in chains)
     left = sum(2 * len(chain.stages) for chain in chains if chain.method.ewc is not None)  # two numbers a weight
     data = experiment.data
@@ -210,7 +245,7 @@ def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes
         data.dev + data.test
     )
     records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
-    in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
+    in_work = min(workers, len(chains)) * (4 * checkpoint_bytes if work_bytes is None else work_bytes)
     return (stages + left) * checkpoint_bytes + in_work + rows * ROW_BYTES + records
 
 

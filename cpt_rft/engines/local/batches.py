@@ -1,7 +1,8 @@
 """Which rows make which step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import read_split
@@ -9,15 +10,27 @@ from cpt_rft.engines.base import Stage
 from cpt_rft.methods.replay import replayed
 from cpt_rft.seeds import python_random
 
+T = TypeVar("T")
 
-def stage_batches(stage: Stage) -> list[list[Example]]:
+
+def stage_rows(stage: Stage) -> dict[str, list[Example]]:
+    """All training rows of a stage by task."""
+    return {task: read_split(path) for task, path in zip(stage.tasks, stage.data, strict=True)}
+
+
+def stage_batches(stage: Stage, chosen: Mapping[str, Sequence[Example]] | None = None) -> list[list[Example]]:
     """The rows of each step of a stage: every row once an epoch, in an order that is the same for all methods.
 
     Rows that are replayed stand after the new ones.
+
+    Args:
+        stage: The stage.
+        chosen: The rows that it trains on, by task; all of them if none.
     """
-    by_task = dict(zip(stage.tasks, stage.data, strict=True))
-    rows = [row for task in sorted(by_task) for row in read_split(by_task[task])]
-    new = batches(rows, "+".join(sorted(by_task)), stage.seed, stage.method.epochs, stage.method.prompts_per_step)
+    by_task = stage_rows(stage) if chosen is None else chosen
+    rows = [row for task in sorted(by_task) for row in by_task[task]]
+    epochs = stage.method.epochs_of(stage.tasks)
+    new = batches(rows, "+".join(sorted(by_task)), stage.seed, epochs, stage.method.prompts_per_step)
     if stage.method.replay is None:
         return new
     earlier = {
@@ -26,10 +39,10 @@ def stage_batches(stage: Stage) -> list[list[Example]]:
     return replayed(new, earlier, stage.method.replay, stage.seed)
 
 
-def batches(rows: Sequence[Example], task: str, seed: int, epochs: int, size: int) -> list[list[Example]]:
+def batches(rows: Sequence[T], task: str, seed: int, epochs: int, size: int) -> list[list[T]]:
     """``epochs`` shuffled passes end to end, cut into batches of ``size``; only the last may be smaller."""
     random = python_random("batches", seed, task)
-    stream: list[Example] = []
+    stream: list[T] = []
     for _ in range(epochs):
         epoch = list(rows)
         random.shuffle(epoch)

@@ -24,13 +24,13 @@ from cpt_rft.errors import StageError, UserError
 _HOST = "127.0.0.1"
 
 
-def train_together(stage: Stage, report: Callable[[StepLog], None]) -> None:
-    """Train a stage in ``engine.processes`` processes on this machine; see `cpt_rft.engines.base.Engine.train`.
+def train_together(stage: Stage, size: int, report: Callable[[StepLog], None]) -> None:
+    """Train a stage in ``size`` processes on this machine; see `cpt_rft.engines.base.Engine.train`.
 
     Raises:
         UserError: What went wrong in one of them.
     """
-    with _started(stage) as processes, selectors.DefaultSelector() as selector:
+    with _started(stage, size) as processes, selectors.DefaultSelector() as selector:
         for process in processes:
             selector.register(_output(process), selectors.EVENT_READ, process)
         while selector.get_map():
@@ -44,12 +44,11 @@ def train_together(stage: Stage, report: Callable[[StepLog], None]) -> None:
 
 
 @contextmanager
-def _started(stage: Stage) -> Iterator[list["subprocess.Popen[bytes]"]]:
+def _started(stage: Stage, size: int) -> Iterator[list["subprocess.Popen[bytes]"]]:
     """The processes at work; none outlives this."""
     with socket.socket() as free:
         free.bind((_HOST, 0))
         port = free.getsockname()[1]
-    size = stage.engine.processes
     command = [sys.executable, "-m", "cpt_rft.engines.local.parallel"]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": _HOST, "MASTER_PORT": str(port)}
     if sys.platform == "linux":

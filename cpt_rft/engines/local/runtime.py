@@ -25,16 +25,16 @@ def resolve(config: EngineConfig) -> EngineConfig:
     return config.model_copy(update={"device": device, "dtype": dtype})
 
 
-def prepare(config: EngineConfig, rank: int = 0) -> tuple[torch.dtype, str]:
+def prepare(config: EngineConfig, rank: int | None = None) -> tuple[torch.dtype, str]:
     """Set the threads of this process and give the arithmetic and the device of a configuration.
 
     Args:
         config: The configuration.
-        rank: Number of this process among those of a stage; several on GPUs take one each.
+        rank: Number of this process among several of a stage, which on GPUs take one each; none for one alone.
     """
     resolved = resolve(config)
     torch.set_num_threads(resolved.threads)
-    spread = resolved.processes > 1 and resolved.device == "cuda"
+    spread = rank is not None and resolved.device == "cuda"
     return _DTYPES[resolved.dtype], f"cuda:{rank}" if spread else resolved.device
 
 
