@@ -74,14 +74,9 @@ class _Method(Restrained):
 
     @model_serializer(mode="wrap")
     def _without_what_most_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        lean = {
-            *Restrained.model_fields,
-            "task_epochs",
-            "filter",
-            "rollouts",
-            "max_prompt_tokens",
-            *("hint", "prefix", "curriculum", "alternate"),
-        }  # absent from identities where they are not used
+        # Absent from identities where they are not used.
+        lean = {*Restrained.model_fields, "task_epochs", "filter", "rollouts", "max_prompt_tokens"}
+        lean |= {"hint", "prefix", "curriculum", "alternate"}
         return {key: value for key, value in dump(self).items() if key not in lean or value}
 
     @model_validator(mode="after")
