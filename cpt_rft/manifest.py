@@ -10,7 +10,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -155,6 +155,8 @@ def make_provenance(
     train_seconds: float,
     parent_sha256: str,
     artefacts: Path | None = None,
+    source_sha256: str | None = None,
+    kept: Sequence[Json] = (),
 ) -> Json:
     """How the stage came about; its checkpoint must be complete.
 
@@ -165,6 +167,8 @@ def make_provenance(
         train_seconds: Seconds of training steps, over all resumes.
         parent_sha256: Hash of the checkpoint that it started from.
         artefacts: Directory of what it leaves for later stages besides; recorded if it is there.
+        source_sha256: Hash of the checkpoint of another method that it learned from, if it did.
+        kept: Of each round of tries: who tried, and the rows, the solvable and the kept ones of each task.
     """
     now = code_sha256()
     left = hash_tree(artefacts) if artefacts is not None else {}
@@ -183,7 +187,12 @@ def make_provenance(
         "parent_sha256": parent_sha256,
         "files": {name: list(record) for name, record in hash_tree(checkpoint).items()},
     }
-    return provenance | ({"artefacts": {name: list(record) for name, record in left.items()}} if left else {})
+    more = {
+        "artefacts": {name: list(record) for name, record in left.items()},
+        "source_sha256": source_sha256,
+        "kept": list(kept),
+    }
+    return provenance | {key: value for key, value in more.items() if value}
 
 
 def _versions() -> Iterator[tuple[str, str]]:

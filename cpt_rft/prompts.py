@@ -18,6 +18,8 @@ from cpt_rft.errors import DataError
 
 Style = Literal["cot", "direct"]
 STYLES: tuple[Style, ...] = ("cot", "direct")
+#: Begins the source of a rationale that is a whole response of a model.
+ROLLOUTS_OF = "rollouts of "
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,13 @@ def user_text_of(problem: str, style: Style, preset: str) -> str:
 
 
 def target_text(example: Example, style: Style) -> str:
-    r"""What supervised training teaches: the label, or rationale and boxed label.
+    r"""What supervised training teaches: the label, or rationale and boxed label; a model's own response as it stands.
 
     Raises:
         DataError: The style is ``cot`` and the row has no rationale.
     """
+    if example.rationale is not None and (example.rationale_source or "").startswith(ROLLOUTS_OF):
+        return example.rationale
     if style == "cot" and example.rationale is None:
         raise DataError(
             f"Row {example.id} has no rationale, which SFT in the cot style needs.",

@@ -261,6 +261,7 @@ class _Builder:
             **{name: native[name] for name in ("matrix", *HEADLINE)},
             "by_style": by_style,
             "general": native["general"]["strict"],
+            **self._kept(chain),
             "stages": self._stages(chain),
             "train_seconds": seconds,
         }
@@ -270,6 +271,16 @@ class _Builder:
         style = self._native(chain.method)
         matrices = {score: self._matrix(chain, _View(style, score)) for score in SCORES}
         return explain.stages(self.run, chain, matrices, joint=self._joint(chain.method))
+
+    def _kept(self, chain: Chain) -> Json:
+        """How many rows of each task rollouts left to train on, in each round; nothing where all were used."""
+        found: Json = {}
+        for stage in chain.stages:
+            for round_ in self.run.kept(stage):
+                for task, counts in round_["tasks"].items():
+                    share = counts["kept"] / counts["rows"]
+                    found.setdefault(task, []).append({**counts, "share": share, "source": round_["source"]})
+        return {"kept": found} if found else {}
 
     def _train_seconds(self, chain: Chain) -> float | None:
         lines = [line for stage in chain.stages for line in self.run.train_log(stage)]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
+from cpt_rft.files import read_json
 from eval.contract import is_forced
 from eval.records import RecordError, counts, read_contracts, read_records, record_path, refuse_mixed
 
@@ -209,6 +210,11 @@ class Run:
                 "evaluate under 'greedy' or 'paper'; teacher forcing is for 'cpt-rft audit'",
             )
         return name
+
+    def kept(self, stage: Path) -> list[dict[str, Any]]:
+        """Who tried the rows of a stage and how many were kept, a round after the other; none if all were used."""
+        kept: list[dict[str, Any]] = read_json(stage / "manifest.json").get("provenance", {}).get("kept", [])
+        return kept
 
     def train_log(self, stage: Path) -> list[dict[str, Any]]:
         """The lines of a stage's training log.

@@ -64,7 +64,7 @@ def sheets(results: Json) -> list[Sheet]:
     """All tables of a run, the comparisons first."""
     parts = [comparison_sheet(entry) for entry in results["comparisons"]]
     general = [general_sheet(results)] if results["general"] else []
-    return [*parts, arms_sheet(results), *general, apart_sheet(results)]
+    return [*parts, arms_sheet(results), *kept_sheets(results), *general, apart_sheet(results)]
 
 
 def comparison_sheet(entry: Json) -> Sheet:
@@ -117,6 +117,23 @@ def _arm_cells(part: Json) -> list[str]:
     )
     seeds, null = (bounds(part["bwt"]["seeds"]), number(part["fm"]["null"]["mean"])) if "fm" in part else (NONE, NONE)
     return [bwt, seeds, fm, null, learned, avg_acc]
+
+
+def kept_sheets(results: Json) -> list[Sheet]:
+    """The share of a task's rows that rollouts left to train on; no sheet if every method used all."""
+    rows = []
+    for name, method in results["methods"].items():
+        seeds = [seed["kept"] for seed in method["seeds"].values() if "kept" in seed]
+        if not seeds:
+            continue
+        cells = []
+        for task in results["tasks"]:
+            rounds = zip(*([entry["share"] for entry in seed[task]] for seed in seeds), strict=True)
+            cells.append(f" {ARROW} ".join(number(100 * sum(shares) / len(shares)) for shares in rounds))
+        rows.append((_shown(name, method), *cells))
+    heads = ("method", *(short(task) for task in results["tasks"]))
+    note = "Percent of a task's training rows, mean over seeds, in each round; the other methods train on all."
+    return [Sheet("Rows kept by rollouts", heads, tuple(rows), 1, note)] if rows else []
 
 
 def general_sheet(results: Json) -> Sheet:

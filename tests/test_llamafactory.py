@@ -101,6 +101,10 @@ def test_only_supervised_methods_are_taken():
         supported_method(grpo())
     with pytest.raises(ConfigError, match="has no replay and no l2, which sft asks for"):
         supported_method(sft(replay={"rows_per_step": 1}, l2={"strength": 1.0}))
+    with pytest.raises(ConfigError, match="has no rollouts, which sft asks for"):
+        supported_method(sft(rollouts={"max_new_tokens": 3}))
+    with pytest.raises(ConfigError, match="has no filter, which sft asks for"):
+        supported_method(sft(filter={"rule": "drop_zero_correct", "max_new_tokens": 3}))
 
 
 def test_several_nodes_need_an_address_and_take_their_rank_from_slurm(monkeypatch):

@@ -62,6 +62,27 @@ def test_workers_take_one_job_after_another(pool_of):
     assert pool.started == 2
 
 
+def test_a_job_waits_for_the_one_that_it_comes_after(pool_of, tmp_path):
+    """Two workers, and yet one of them has nothing to do until the source is done, whatever the order of the list."""
+    ended = tmp_path / "ended"
+    shell = "\n".join(
+        (
+            'while read -r order; do [ "$order" = null ] && exit 0',
+            f"""case "$order" in *'"method": "teacher"'*) sleep 0.3; echo teacher;; *) echo pupil;; esac >> {ended}""",
+            f"echo '{json.dumps(DONE)}'",
+            "done",
+        )
+    )
+    pool, board = pool_of(shell=shell), Board()
+    pupils = [Job("chain", "pupil", 0, seed, ("a",), after=f"teacher seed{seed}") for seed in range(2)]
+    teachers = [Job("chain", "teacher", 0, seed, ("a",)) for seed in range(2)]
+    pool.run([*pupils, teachers[0]], 2, board)
+    # The pupil of the teacher that is not to be trained starts at once, the other one waits.
+    assert [line.split(" 0.0")[0] for line in board.lines] == ["pupil seed1", "teacher seed0", "pupil seed0"]
+    assert sorted(ended.read_text().split()[:2]) == ["pupil", "teacher"] and ended.read_text().endswith("pupil\n")
+    assert pool.running == [] and pool.started <= 3
+
+
 def test_a_failing_chain_does_not_stop_the_others(pool_of):
     pool = pool_of({"event": "part", "share": 1.0, "text": "went on"}, ERROR)
     board = Board()

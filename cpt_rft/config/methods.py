@@ -4,12 +4,20 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from cpt_rft.config.hybrids import Alternate, Curriculum, Hint, Prefix
 from cpt_rft.config.restraints import Restrained
+from cpt_rft.config.rollouts import Filter, Rollouts
 from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share
 from cpt_rft.prompts import Style
 
@@ -19,7 +27,6 @@ LossName = Literal[
 
 
 class _Method(Restrained):
-    further_parts: ClassVar[tuple[str, ...]] = ("max_prompt_tokens", "task_epochs")
     name: Name
     """The key under which the experiment lists the method."""
     joint: bool = False
@@ -48,10 +55,29 @@ class _Method(Restrained):
     """Prompts in memory at once; it must divide `prompts_per_step`."""
     max_prompt_tokens: PositiveInt | None = None
     """A row with a longer prompt, picture tokens included, is refused before training; null for no limit."""
+    filter: Filter | None = None
+    """Rollout-based instance filtering: train only on rows that the start of the stage can learn from."""
+
+    @property
+    def learns_from(self) -> str | None:
+        """The method whose checkpoints write the targets, if another than this one does."""
+        return None
+
+    @property
+    def knows_its_rows(self) -> bool:
+        """Whether it trains on all rows of a stage, so that their number is known before it starts."""
+        return self.filter is None
 
     def epochs_of(self, tasks: Sequence[str]) -> int:
         """Passes over the rows of a stage on these tasks."""
         return self.task_epochs.get(tasks[0], self.epochs) if len(tasks) == 1 else self.epochs
+
+    @model_serializer(mode="wrap")
+    def _without_what_most_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Absent from identities where they are not used.
+        lean = {*Restrained.model_fields, "task_epochs", "filter", "rollouts", "max_prompt_tokens"}
+        lean |= {"hint", "prefix", "curriculum", "alternate"}
+        return {key: value for key, value in dump(self).items() if key not in lean or value}
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -66,15 +92,38 @@ class SftMethod(_Method):
 
     kind: Literal["sft"]
     """Which objective: supervised targets."""
+    rollouts: Rollouts | None = None
+    """Learn from right rollouts instead of from labels and rationales."""
+
+    @property
+    def learns_from(self) -> str | None:
+        """The method whose checkpoints write the targets, if another than this one does."""
+        return None if self.rollouts is None else self.rollouts.from_method
+
+    @property
+    def knows_its_rows(self) -> bool:
+        """Whether it trains on all rows of a stage, so that their number is known before it starts."""
+        return self.filter is None and self.rollouts is None
+
+    @model_validator(mode="after")
+    def _tries_are_settled(self) -> Self:
+        if self.filter is not None and self.filter.max_new_tokens is None:
+            raise KeyedError(("filter", "max_new_tokens"), "null, but sft has no rollouts of its own; write a number")
+        if self.rollouts is None:
+            return self
+        if self.filter is not None:
+            raise KeyedError(("filter",), "rollouts leaves out the rows without a right one; remove one of the two")
+        if self.rollouts.rounds > 1 and self.rollouts.from_method is not None:
+            raise KeyedError(("rollouts", "rounds"), "with from_method the one who tries does not change; write 1")
+        if self.rollouts.rounds > 1 and self.restraints:
+            message = f"with several rounds there is no {self.restraints[0]}; write 1, or remove {self.restraints[0]}"
+            raise KeyedError(("rollouts", "rounds"), message)
+        return self
 
 
 class GrpoMethod(_Method):
     """Reinforcement fine-tuning on the verifiable reward 0.9 accuracy + 0.1 format: GRPO and its relatives."""
 
-    further_parts: ClassVar[tuple[str, ...]] = (
-        *_Method.further_parts,
-        *("hint", "prefix", "curriculum", "alternate"),
-    )
     kind: Literal["grpo"]
     """Which objective: sampled completions, weighed by their advantage."""
     group: PositiveInt
@@ -173,6 +222,12 @@ class GrpoMethod(_Method):
             )
         if self.kl_in == "reward" and self.kl_coef:
             raise KeyedError(("kl_in",), "with prefix the penalty belongs in the loss")
+
+    @model_validator(mode="after")
+    def _filter_tries_as_in_training(self) -> Self:
+        if self.filter is not None and self.filter.max_new_tokens is not None:
+            raise KeyedError(("filter", "max_new_tokens"), "the tries are those of training; remove it")
+        return self
 
     @model_validator(mode="after")
     def _penalty_has_a_reference(self) -> Self:

@@ -202,6 +202,14 @@ class Experiment(Strict):
         return self
 
     @model_validator(mode="after")
+    def _sources_of_rollouts_fit(self) -> Self:
+        for name, method in self.methods.items():
+            if method.learns_from is not None:
+                at = ("methods", name, "rollouts", "from_method")
+                _check_source(name, method, self.methods, at)
+        return self
+
+    @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         source = self.data.source
         _check_known("task", self.tasks, TASK_NAMES[source], at=("tasks",))
@@ -225,3 +233,23 @@ def _check_known(noun: str, values: Sequence[str], known: Sequence[str], *, at: 
         if value not in known:
             where = at if at[-1:] == (value,) else (*at, index)
             raise KeyedError(where, f"unknown {noun} {value!r}, the nearest is {nearest(value, known)!r}")
+
+
+def _check_source(
+    name: str, method: MethodConfig, methods: Mapping[str, MethodConfig], at: tuple[str | int, ...]
+) -> None:
+    """That what a method learns from is in the experiment, comes before it, and is asked in the same way."""
+    passed, source = [name], method.learns_from
+    while source is not None:
+        if source not in methods:
+            words = f"{source!r} is no method of the experiment, the nearest is {nearest(source, methods)!r}"
+            raise KeyedError(at, f"{words}; list it in methods")
+        if source in passed:
+            raise KeyedError(at, f"{' learns from '.join([*passed, source])}: none can be the first")
+        passed.append(source)
+        source = methods[source].learns_from
+    first = methods[passed[1]]
+    if first.joint != method.joint:
+        raise KeyedError(at, f"{first.name} and {name} have other stages (joint: {first.joint} and {method.joint})")
+    if first.style != method.style:
+        raise KeyedError(at, f"{first.name} answers in the style {first.style}; write style: {first.style} here too")

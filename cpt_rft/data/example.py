@@ -26,7 +26,8 @@ class Example:
         answer: The one label that training uses and strict scoring requires.
         references: Every accepted answer, ``answer`` among them; lenient scoring accepts any.
         rationale: A text that leads to the answer, or none.
-        rationale_source: ``dataset``, ``drawn`` or the checkpoint that wrote it; none without a rationale.
+        rationale_source: ``dataset``, ``drawn``, or ``rollouts of`` the checkpoint that wrote it: the rationale is then
+            a whole response, answer included. None without a rationale.
         kind: How answers compare (``cpt_rft.scoring``).
         meta: Anything else, JSON-serialisable; ``options``, the texts of a lettered question, A first, is for scoring.
     """

@@ -29,6 +29,19 @@ class EarlierStage:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A checkpoint whose rollouts a stage learns from.
+
+    Attributes:
+        checkpoint: Its directory.
+        label: Which it is, for the rows made from them.
+    """
+
+    checkpoint: Path
+    label: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training job.
 
@@ -45,6 +58,7 @@ class Stage:
         seed: Training seed.
         seed_path: Prefix of every seed that belongs to this stage.
         history: The stages before this one, in order.
+        source: Who tries the rows first, for a method that chooses or writes its rows by that; the parent if none.
     """
 
     directory: Path
@@ -58,6 +72,7 @@ class Stage:
     seed: int
     seed_path: tuple[str | int, ...]
     history: tuple[EarlierStage, ...] = ()
+    source: Source | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Job:
         train: Whether to train what is missing.
         evaluate: Whether to score what is not scored.
         measure: Whether to make the measurements that the experiment asks for.
+        after: Label of the job that must end before this one starts, if it is to be done at all.
     """
 
     kind: Literal["base", "chain"]
@@ -50,6 +51,7 @@ class Job:
     train: bool = True
     evaluate: bool = True
     measure: bool = True
+    after: str = ""
 
     @classmethod
     def of(
@@ -63,7 +65,8 @@ class Job:
     ) -> "Job":
         """The job of doing some stages of a chain."""
         names = tuple(state.stage.name for state in states)
-        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, measure)
+        after = chain.source.label if train and chain.source is not None else ""
+        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, measure, after)
 
     @property
     def label(self) -> str:

@@ -13,6 +13,7 @@ from cpt_rft.sequence.history import anew, check_artefacts, judged_weights
 from cpt_rft.sequence.measure import is_measured
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run, without_meters
+from cpt_rft.sequence.source import source_changed
 from eval.contract import scorer_terms
 from eval.records import VERSION
 
@@ -63,28 +64,48 @@ def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
         full: Hash every file; otherwise names and sizes only.
     """
     states = []
+    identities = _identities(run, chain)
     learned: dict[str, str] = {}
-    parent_identity = parent_weights = run.base.sha256
+    parent_weights = run.base.sha256
     for stage in chain.stages:
-        identity = stage_identity(run, chain, stage, parent_identity)
-        state = StageState(stage, identity)
+        state = StageState(stage, identities[stage.name])
         if stage.directory.exists():
             state = _inspect(run, chain, state, parent_weights, learned, full=full)
         states.append(state)
         learned[stage.name] = state.manifest.checkpoint_sha256 if state.manifest else ""
-        parent_identity = sha256_json(identity)
         if not chain.method.adapter_per_task:
             # Where the parent is to be made anew, its weights will be the same: the identity says so.
             parent_weights = learned[stage.name]
     return states
 
 
-def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dict[str, Any]:
-    """All that decides a stage's weights, as plain JSON."""
+def _identities(run: Run, chain: Chain) -> dict[str, dict[str, Any]]:
+    """The identity of every stage of a chain, by its name; it needs nothing that is trained."""
+    sources = {} if chain.source is None else _identities(run, chain.source)
+    found: dict[str, dict[str, Any]] = {}
+    parent = run.base.sha256
+    for stage in chain.stages:
+        source = sha256_json(sources[stage.name]) if sources else None
+        found[stage.name] = stage_identity(run, chain, stage, parent, source)
+        parent = sha256_json(found[stage.name])
+    return found
+
+
+def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str, source: str | None = None) -> dict[str, Any]:
+    """All that decides a stage's weights, as plain JSON.
+
+    Args:
+        run: The run directory.
+        chain: The chain.
+        stage: The stage.
+        parent: Hash of the identity of the stage before it, or of the base.
+        source: Hash of the identity of the stage of another method that it learns from.
+    """
     experiment = run.experiment
     return {
         "format": 1,
         "parent": parent,
+        **({} if source is None else {"source": source}),
         "base": run.base.sha256,
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
@@ -108,6 +129,8 @@ def _inspect(
             raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", fix)
         if parent_weights and manifest.provenance["parent_sha256"] != parent_weights:
             raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", fix)
+        if source_changed(chain, stage, manifest):
+            raise StageError(f"{stage.directory} learned from other weights than its source has now.", fix)
         check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=fix)
         check_artefacts(stage.directory, manifest, full=full, fix=fix)
     except UserError as error:

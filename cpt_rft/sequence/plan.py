@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from cpt_rft.config.methods import GrpoMethod, MethodConfig
+from cpt_rft.config.methods import GrpoMethod, MethodConfig, SftMethod
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
@@ -71,6 +71,12 @@ class Chain:
             StagePlan(index, name, tasks, self.directory / f"{index}_{name}")
             for index, (name, tasks) in enumerate(parts, start=1)
         )
+
+    @property
+    def source(self) -> "Chain | None":
+        """The chain of the same order and seed whose checkpoints write what this one learns from, if there is one."""
+        name = self.method.learns_from
+        return None if name is None else replace(self, method=self.experiment.methods[name])
 
     def stage(self, name: str) -> StagePlan:
         """The stage of a task.
@@ -158,20 +164,36 @@ class Cost:
 
 
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
-    """What training a stage takes; completions count in full length."""
-    rows, read = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    """What training a stage takes; completions count in full length.
+
+    Where rollouts choose the rows first, rows and steps are upper bounds.
+    """
+    rows, once = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    rounds, tried = _tries(method, rows)
     epochs = method.epochs_of(stage.tasks)
-    prompts, read = rows * epochs, read * epochs
-    steps = math.ceil(prompts / method.prompts_per_step)
+    prompts, read = rows * epochs * rounds, once * epochs * rounds
+    steps = math.ceil(rows * epochs / method.prompts_per_step) * rounds
     if method.replay is not None and stage.index > 1:
         extra = steps * method.replay.rows_per_step
         prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
         group = method.group + (method.advantage == "remax") + (method.prefix is not None)
-        tries = rows * method.curriculum.rollouts if method.curriculum else 0
-        completions = (prompts * group + tries) * method.max_new_tokens
-        return Cost(rows, steps, read + completions, completions)
-    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style], 0)
+        completions = prompts * group * method.max_new_tokens
+        return Cost(rows, steps, read + completions + once * bool(tried), completions + tried)
+    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style] + once * rounds * bool(tried), tried)
+
+
+def _tries(method: MethodConfig, rows: int) -> tuple[int, int]:
+    """The rounds of a stage, and the tokens of the tries at its rows before it trains; 1 and 0 where all are used."""
+    if isinstance(method, SftMethod) and method.rollouts is not None:
+        part = method.rollouts
+        return part.rounds, rows * part.rounds * part.samples * part.max_new_tokens
+    if isinstance(method, GrpoMethod) and method.curriculum is not None:
+        return 1, rows * method.curriculum.rollouts * method.max_new_tokens
+    if method.filter is None:
+        return 1, 0
+    longest = method.max_new_tokens if isinstance(method, GrpoMethod) else method.filter.max_new_tokens
+    return 1, rows * method.filter.rollouts * (longest or 0)
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:

@@ -70,7 +70,9 @@ class Pool:
         self.started = 0
 
     def run(self, jobs: Sequence[Job], workers: int, display: Display) -> None:
-        """Do all jobs, the first first. A failing chain does not stop the others, a full disk stops everything.
+        """Do all jobs, the first first, but none before the one that it comes after.
+
+        A failing chain does not stop the others, a full disk stops everything.
 
         Raises:
             UserError: What went wrong, the first of several.
@@ -79,7 +81,7 @@ class Pool:
         waiting, errors = list(jobs), list[UserError]()
         with selectors.DefaultSelector() as selector, self._no_survivors():
             while waiting or self.running:
-                while waiting and len(self.running) < workers:
+                while self._ready(waiting) is not None and len(self.running) < workers:
                     worker = self._start()
                     self._next(worker, waiting, display)
                     selector.register(worker.output, selectors.EVENT_READ, worker)
@@ -136,12 +138,19 @@ class Pool:
         return self.running[-1]
 
     def _next(self, worker: _Worker, waiting: list[Job], display: Display) -> None:
-        """Give a worker the next job, or send it home."""
-        worker.job = waiting.pop(0) if waiting else None
+        """Give a worker the next job that waits for no other, or send it home."""
+        worker.job = None
+        worker.job = self._ready(waiting)
         if worker.job is not None:
+            waiting.remove(worker.job)
             display.update(worker.job.label, 0.0, "starting")
         order = {"directory": str(self.directory), "job": worker.job.as_json()} if worker.job else None
         worker.tell(order)
+
+    def _ready(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job whose source, if it has one, is neither being made nor still to be made."""
+        open_labels = {job.label for job in waiting} | {each.job.label for each in self.running if each.job}
+        return next((job for job in waiting if job.after not in open_labels), None)
 
     def _handle(self, worker: _Worker, event: dict[str, Any], display: Display | None) -> list[UserError]:
         """Show progress; return an error that concerns this job, raise one that concerns all."""

@@ -19,10 +19,12 @@ from cpt_rft.manifest import (
     read_manifest,
     write_manifest,
 )
+from cpt_rft.methods.instances import read_kept
 from cpt_rft.sequence.history import anew, check_artefacts, check_rows, history_of
 from cpt_rft.sequence.lineage import EVALUATION_NAME, evaluation_key
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
+from cpt_rft.sequence.source import source_of
 from eval.harness import evaluate_checkpoint
 
 BEGUN_NAME = "begun.json"
@@ -40,6 +42,7 @@ def train_stage(
     """
     parent, parent_sha256 = parent_of(run, chain, stage)
     history = history_of(run, chain, stage)
+    source, source_sha256 = source_of(run, chain, stage, parent, parent_sha256)
     if not _is_ready(stage.partial, identity):
         begun = _begin(stage.partial, identity)
         for task in stage.tasks:
@@ -56,6 +59,7 @@ def train_stage(
             seed=chain.seed,
             seed_path=tuple(identity["seed_path"]),
             history=history,
+            source=None if chain.method.knows_its_rows else source,
         )
         get_engine(run.experiment.engine).train(work, report)
         verify_checkpoint(stage.partial / "checkpoint")
@@ -66,6 +70,8 @@ def train_stage(
             started=begun["started"],
             train_seconds=sum(line["seconds"] for line in read_json_lines(stage.partial / "train" / "log.jsonl")),
             parent_sha256=parent_sha256,
+            source_sha256=source_sha256,
+            kept=read_kept(stage.partial / ARTEFACTS_NAME),
         )
         write_manifest(stage.partial, Manifest(identity, provenance))
     (stage.partial / BEGUN_NAME).unlink(missing_ok=True)

@@ -40,6 +40,7 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
         "workers": workers,
         "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, outside.get("work_bytes")),
         "disk_free_bytes": shutil.disk_usage(existing).free,
+        "at_most": sorted({chain.method.name for chain in chains if not chain.method.knows_its_rows}),
         "guessed": not measured(experiment.data, experiment.tasks),
         "stages": [dict(zip(keys, row, strict=True)) for row in describe(experiment, chains)],
         **({"native": outside} if outside else {}),
@@ -68,7 +69,9 @@ def plan_table(result: Json) -> tuple[Table, str]:
     )
     if result["guessed"]:
         line += "; rows and tokens are guesses until the data is prepared"
-    return table, "\n".join([line, *native_lines(result.get("native", {}))])
+    bounds = [f"at most these rows and steps: {', '.join(result['at_most'])} (rollouts choose the rows)"]
+    more = [*(bounds if result["at_most"] else []), *native_lines(result.get("native", {}))]
+    return table, "\n".join([line, *more])
 
 
 def status(experiment: Experiment, selection: Selection, *, verify: bool) -> Json:

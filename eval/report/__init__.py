@@ -15,7 +15,7 @@ from eval.report.drawn import series
 from eval.report.gather import Flip, curves, flipped
 from eval.results import write_results
 from eval.runs import Run
-from eval.table import Sheet, about, apart_sheet, arms_sheet, comparison_sheet, general_sheet
+from eval.table import Sheet, about, apart_sheet, arms_sheet, comparison_sheet, general_sheet, kept_sheets
 from eval.words import ARROW, NONE, SCORE_NAMES, number, short, verdict
 
 __all__ = ["REPORT_NAME", "render", "write_report"]
@@ -93,6 +93,7 @@ def _sheets(results: Json) -> list[Sheet]:
     return [
         arms_sheet(results),
         *(comparison_sheet(entry) for entry in results["comparisons"][:1]),
+        *kept_sheets(results),
         *general,
         apart_sheet(results),
     ]

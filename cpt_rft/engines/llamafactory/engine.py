@@ -152,9 +152,10 @@ def supported_method(method: Any) -> SftMethod:
             "use the engine local for it, or an experiment of its own",
         )
     assert isinstance(method, SftMethod)
-    if method.restraints:
+    absent = [*method.restraints, *(key for key in ("filter", "rollouts") if getattr(method, key) is not None)]
+    if absent:
         raise ConfigError(
-            f"The engine llamafactory has no {' and no '.join(method.restraints)}, which {method.name} asks for.",
+            f"The engine llamafactory has no {' and no '.join(absent)}, which {method.name} asks for.",
             "use the engine local for it, or take the part out of the method",
         )
     return method

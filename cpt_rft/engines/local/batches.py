@@ -1,7 +1,7 @@
 """Which rows make which step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cpt_rft.data.example import Example
@@ -13,13 +13,22 @@ from cpt_rft.seeds import python_random
 T = TypeVar("T")
 
 
-def stage_batches(stage: Stage) -> list[list[Example]]:
+def stage_rows(stage: Stage) -> dict[str, list[Example]]:
+    """All training rows of a stage by task."""
+    return {task: read_split(path) for task, path in zip(stage.tasks, stage.data, strict=True)}
+
+
+def stage_batches(stage: Stage, chosen: Mapping[str, Sequence[Example]] | None = None) -> list[list[Example]]:
     """The rows of each step of a stage: every row once an epoch, in an order that is the same for all methods.
 
     Rows that are replayed stand after the new ones.
+
+    Args:
+        stage: The stage.
+        chosen: The rows that it trains on, by task; all of them if none.
     """
-    by_task = dict(zip(stage.tasks, stage.data, strict=True))
-    rows = [row for task in sorted(by_task) for row in read_split(by_task[task])]
+    by_task = stage_rows(stage) if chosen is None else chosen
+    rows = [row for task in sorted(by_task) for row in by_task[task]]
     epochs = stage.method.epochs_of(stage.tasks)
     new = batches(rows, "+".join(sorted(by_task)), stage.seed, epochs, stage.method.prompts_per_step)
     if stage.method.replay is None:

@@ -78,7 +78,10 @@ def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
     for place, earlier in enumerate(stage.history):
         left = sorted(path for path in earlier.artefacts.rglob("*") if path.is_file())
         files |= {f"{place}/{path.name}": sha256_file(path) for path in [*earlier.data, *left]}
-    for name, checkpoint in (("parent", stage.parent), ("base", stage.base)):
+    checkpoints = {"parent": stage.parent, "base": stage.base}
+    if stage.source is not None:
+        checkpoints["source"] = stage.source.checkpoint
+    for name, checkpoint in checkpoints.items():
         files |= {f"{name}/{path.name}": sha256_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
     return sha256_json(
         {

@@ -15,7 +15,7 @@ from cpt_rft.config.engine import LocalConfig
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.admit import check_rows
-from cpt_rft.engines.local.batches import stage_batches
+from cpt_rft.engines.local.batches import stage_batches, stage_rows
 from cpt_rft.engines.local.curriculum import CurriculumObjective
 from cpt_rft.engines.local.hybrids import reinforced
 from cpt_rft.engines.local.importance import leave_importance
@@ -25,6 +25,8 @@ from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.parallel import train_together
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
+from cpt_rft.engines.local.rollouts import chosen_rows, clear_rollouts, leave_rollouts
+from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
@@ -37,18 +39,27 @@ class LocalEngine:
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
-        processes = local_config(stage).processes
-        if processes > 1:
-            train_together(stage, processes, report)
+        if rounds_of(stage.method) > 1:
+            train_rounds(stage, report, _train)
         else:
-            train_stage(stage, ALONE, report)
+            _train(stage, report)
+
+
+def _train(stage: Stage, report: Callable[[StepLog], None]) -> None:
+    """In this process or in several."""
+    processes = local_config(stage).processes
+    if processes > 1:
+        train_together(stage, processes, report)
+    else:
+        train_stage(stage, ALONE, report)
 
 
 def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> None:
     """This process's share of a stage; the one that leads writes everything."""
     engine = local_config(stage)
     dtype, device = prepare(engine, team.rank if team.size > 1 else None)
-    batches = stage_batches(stage)
+    fingerprint = stage_fingerprint(stage, dtype)
+    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
     policy = load_policy(stage.parent, device=device)
     policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
     check_rows(policy, stage.method, batches, stage.prompt_preset)
@@ -58,7 +69,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     )
     objective = make_objective(stage, policy, batches, dtype, device, team)
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
-    journal = Journal(stage, stage_fingerprint(stage, dtype))
+    journal = Journal(stage, fingerprint)
     begin = _resume(journal, optimiser, objective, team)
     for step in range(begin, len(batches)):
         started = time.perf_counter()
@@ -89,6 +100,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     if team.leads:
         _publish(stage, policy, optimiser, adapter)
         journal.close()
+        clear_rollouts(stage)
 
 
 def local_config(stage: Stage) -> LocalConfig:
@@ -122,6 +134,7 @@ def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapte
     if stage.method.ewc is not None:
         optimiser.assign(weights)
         leave_importance(stage, policy, optimiser, stage.method.ewc)
+    leave_rollouts(stage, artefacts)
 
 
 def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
