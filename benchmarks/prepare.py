@@ -1,19 +1,22 @@
 """How fast pictures are prepared, beside Pillow's bare decoding of the same pictures in the same run.
 
-Usage: python benchmarks/prepare.py [--pictures N] [--processes N] [--json FILE]. The rows are 640 x 480 JPEGs held in
-memory; a prepare decodes, hashes, compares and writes them twice (parts, then the split). Rates are pictures a second
-of processor time, so that other work on the machine does not count; the wall clock is given beside them.
+Usage: python benchmarks/prepare.py [--pictures N] [--processes N ...] [--rounds N]. The rows are 640 x 480 JPEGs held
+in memory; a prepare decodes, hashes, compares and writes them twice (parts, then the split). Rates are pictures a
+second of processor time, so that other work on the machine does not count; the wall clock is given beside them.
+Several numbers of processes take turns, round by round, and medians over the rounds are told.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +29,7 @@ from cpt_rft.data.source import Source
 from cpt_rft.tasks.base import Task, TaskConfig
 
 DISTINCT = 64  # pictures that are really drawn; the others are variants of them
+BARE = 500  # pictures that are decoded barely, before and after each prepare
 
 
 class Pictures(Task):
@@ -99,42 +103,75 @@ def prepared(task: Pictures, processes: int) -> tuple[float, float]:
         return task.count / (seconds() - start), task.count / (time.perf_counter() - clock)
 
 
-def peak_mib() -> float:
-    """The most memory this program held; on Linux not by getrusage, which also counts the parent at the fork."""
+class Turn(NamedTuple):
+    """One prepare between two stretches of bare decoding: pictures a second."""
+
+    bare: float
+    prepared: float
+    on_the_clock: float
+
+
+def turn(task: Pictures, processes: int) -> Turn:
+    """The mean of the bare rates before and after is the reference."""
+    some = min(task.count, BARE)
+    before = bare(task, some)
+    rate, clock = prepared(task, processes)
+    return Turn((before + bare(task, some)) / 2, rate, clock)
+
+
+def peak_mib(processes: int) -> float:
+    """The most memory this program held, and as much again for each other process as the largest of them held.
+
+    On Linux the first is not asked of getrusage, which also counts the parent at the fork.
+    """
     status = Path("/proc/self/status")
+    unit = 2**10 if status.is_file() else 2**20  # macOS counts bytes
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit if processes > 1 else 0.0
     if status.is_file():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+        own = int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return own + processes * largest
 
 
-def measure(count: int, processes: int) -> Mapping[str, float]:
-    """One round: bare, prepare, bare again; the mean of the two bare rates is the reference."""
+def measure(count: int, processes: Sequence[int], rounds: int) -> dict[str, object]:
+    """Every number of processes in turn, so often; the ratio on the clock is taken within a round."""
     prepared(Pictures(1), 1)  # imports are not counted
     task = Pictures(count)
-    before = bare(task, min(count, 500))
-    rate, clock = prepared(task, processes)
-    after = bare(task, min(count, 500))
-    reference = (before + after) / 2
+    turns: dict[int, list[Turn]] = {number: [] for number in processes}
+    for _ in range(rounds):
+        for number in processes:
+            turns[number].append(turn(task, number))
+    first = turns[processes[0]]
+    told = {}
+    for number, made in turns.items():
+        told[str(number)] = {
+            "bare_a_second": round(statistics.median(one.bare for one in made), 1),
+            "prepared_a_second": round(statistics.median(one.prepared for one in made), 1),
+            "share_of_bare": round(statistics.median(one.prepared / one.bare for one in made), 3),
+            "prepared_a_second_on_the_clock": round(statistics.median(one.on_the_clock for one in made), 1),
+            "times_as_fast_on_the_clock": round(
+                statistics.median(
+                    one.on_the_clock / other.on_the_clock for one, other in zip(made, first, strict=True)
+                ),
+                2,
+            ),
+        }
     return {
         "pictures": count,
-        "processes": processes,
+        "rounds": rounds,
         "cores": os.cpu_count() or 1,
+        "load": round(os.getloadavg()[0], 1),
         "bytes_a_picture": sum(map(len, task.drawn)) // DISTINCT,
-        "bare_a_second": round(reference, 1),
-        "prepared_a_second": round(rate, 1),
-        "share_of_bare": round(rate / reference, 3),
-        "prepared_a_second_on_the_clock": round(clock, 1),
-        "peak_mib": round(peak_mib(), 1),
+        "peak_mib": round(peak_mib(max(processes)), 1),
+        "processes": told,
     }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    result = json.dumps(measure(options.pictures, options.processes), indent=2)
-    print(result)
-    if options.json:
-        options.json.write_text(result + "\n")
+    print(json.dumps(measure(options.pictures, options.processes, options.rounds), indent=2))

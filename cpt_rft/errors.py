@@ -1,5 +1,7 @@
 """Errors a user can cause and mend. Everything else is a bug and shows its traceback."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """A problem with one clear sentence and one fix; the command line prints both and exits with 2.
@@ -13,6 +15,9 @@ class UserError(Exception):
         super().__init__(f"{problem} Fix: {fix}")
         self.problem = problem
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:  # an error of a worker process reaches the command line as it is
+        return type(self), (self.problem, self.fix)
 
 
 class ConfigError(UserError):

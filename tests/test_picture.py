@@ -1,5 +1,6 @@
 """One canonical form of every picture, and a reason for each that has none."""
 
+import pickle
 import struct
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from cpt_rft.data.picture import (
     needs_no_change,
 )
 from cpt_rft.data.reasons import Reason
+from cpt_rft.errors import DataError
 from tests.helpers.listed_task import encoded, photo
 
 
@@ -155,3 +157,9 @@ def test_a_decoded_picture_is_checked_too() -> None:
     assert decode_picture(picture, "x") is picture
     with pytest.raises(PictureError):
         decode_picture(photo(1, 27, 27), "x")
+
+
+def test_an_error_of_another_process_arrives_as_it_is() -> None:
+    for error in (PictureError(Reason.PICTURE_MISSING, "It is gone."), DataError("It is wrong.", "mend it")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), copy.args, vars(copy)) == (type(error), error.args, vars(error))

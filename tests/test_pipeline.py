@@ -259,9 +259,12 @@ def test_the_content_hash_does_not_depend_on_parts(
 
 
 def test_processes_make_the_same_bytes(tmp_path: Path, rows: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part, made before there are processes, remembers a broken picture and one that is stored anew."""
     monkeypatch.setattr("cpt_rft.data.parts.PART_ROWS", 9)
-    prepare(ListedTask({"train": rows}), tmp_path / "a")
-    prepare(ListedTask({"train": rows}), tmp_path / "b", Settings(Checks(max_dropped=1.0), processes=2))
+    odd = [row(50, image=b"broken"), row(51, image=encoded(Image.new("RGBA", (40, 40))))]
+    task = ListedTask({"train": [*odd, *rows, row(52, image=b"broken")]})
+    prepare(task, tmp_path / "a")
+    prepare(task, tmp_path / "b", Settings(Checks(max_dropped=1.0), processes=2))
     assert hash_tree(tmp_path / "a") == hash_tree(tmp_path / "b")
 
 

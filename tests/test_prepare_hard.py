@@ -6,9 +6,10 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -74,12 +75,17 @@ def corrupt(number: int, rng: random.Random) -> Example | Drop:
     )
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
-def test_a_thousand_corrupt_rows_are_counted(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "processes"),
+    [(0, 1), pytest.param(1, 1, marks=pytest.mark.full), pytest.param(2, 2, marks=pytest.mark.full)],
+)
+def test_a_thousand_corrupt_rows_are_counted(tmp_path: Path, seed: int, processes: int) -> None:
     rng = random.Random(seed)
     rows = [corrupt(number, rng) for number in range(1000)]
     out = tmp_path / "target"
-    prepare_task(ListedTask({"train": rows}, {"train": 1000}), tmp_path / "cache", out, LOOSE)
+    prepare_task(
+        ListedTask({"train": rows}, {"train": 1000}), tmp_path / "cache", out, replace(LOOSE, processes=processes)
+    )
     entry = read_ledger(out / "listed")["splits"]["train"]
     assert entry["rows_in"] == 1000 == entry["rows_used"] + sum(entry["drops"].values())
     assert set(entry["drops"]) <= set(Reason)
@@ -130,76 +136,109 @@ def test_files_that_lead_out_of_their_folder_are_counted(tmp_path: Path) -> None
 def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A directory prepared without a kill, and the number of lines that its process printed."""
     out = tmp_path_factory.mktemp("unharmed")
-    with child(out) as process:
-        assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
+    lines = finished(out, 1).splitlines()
     assert lines[-1] == "end"
     return out, len(lines)
 
 
-def child(out: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tests.helpers.prepare_child", str(out)]
+def child(out: Path, processes: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.helpers.prepare_child", str(out), str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def killed(out: Path, line: int, delay_s: float) -> None:
-    """Start a prepare and kill it a moment after it printed so many lines."""
-    with child(out) as process:
+def finished(out: Path, processes: int) -> str:
+    """What a prepare prints that nobody disturbs."""
+    with child(out, processes) as process:
+        printed, _ = process.communicate()
+    assert process.returncode == 0
+    return printed
+
+
+def killed(out: Path, processes: int, line: int, delay_s: float) -> bool:
+    """Start a prepare and kill it a moment after it printed so many lines; whether it came so far.
+
+    Nothing that it started outlives it: the pipe ends with the last process that holds it.
+    """
+    with child(out, processes) as process:
         assert process.stdout is not None
-        for _ in range(line):
-            process.stdout.readline()
+        printed = [process.stdout.readline() for _ in range(line)]
         time.sleep(delay_s)
         process.kill()
+        process.communicate(timeout=60)
+    return all(printed)
 
 
-def moments(count: int, lines: int) -> Iterator[tuple[int, float]]:
-    """Moments over the whole run: one in each of equal stretches."""
+def moments(count: int, lines: int) -> Iterator[tuple[int, int, float]]:
+    """Moments over the whole run, one in each of equal stretches, in one process and in two by turns."""
     rng = random.Random(count)
     for index in range(count):
-        yield int((index + rng.random()) * lines / count), rng.choice([0.0, 0.002, 0.01])
+        yield 1 + index % 2, int((index + rng.random()) * lines / count), rng.choice([0.0, 0.002, 0.01])
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(3, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.campaign)]
+    "kills",
+    [pytest.param(3, marks=pytest.mark.full), pytest.param(20, marks=pytest.mark.campaign(name="kill_prepare"))],
 )
-def test_a_killed_prepare_ends_in_the_same_bytes(tmp_path: Path, unharmed: tuple[Path, int], kills: int) -> None:
+def test_a_killed_prepare_ends_in_the_same_bytes(
+    tmp_path: Path, unharmed: tuple[Path, int], kills: int, record_property: Callable[[str, object], None]
+) -> None:
     reference, lines = unharmed
     expected = hash_tree(reference)
-    for line, delay in moments(kills, lines):
-        out = tmp_path / f"{line}"
-        killed(out, line, delay)
-        with child(out) as process:
-            process.communicate()
-        assert process.returncode == 0
-        assert hash_tree(out) == expected, (line, delay)
+    for number, moment in enumerate(moments(kills, lines)):
+        out = tmp_path / f"{number}"
+        assert killed(out, *moment)
+        finished(out, moment[0])
+        assert hash_tree(out) == expected, moment
     everything = tmp_path / "all"  # one prepare, killed again and again
-    for line, delay in moments(kills, lines):
-        killed(everything, line % 7, delay)
-    with child(everything) as process:
-        process.communicate()
+    for processes, line, delay in moments(kills, lines):
+        killed(everything, processes, line % 7, delay)
+    finished(everything, 1)
     assert hash_tree(everything) == expected
+    record_property("prepares_killed_once_and_finished", kills)
+    record_property("kills_of_one_more_prepare", kills)
+    record_property("moments_in_lines_printed", [line for _, line, _ in moments(kills, lines)])
+    record_property("lines_printed_by_a_whole_prepare", lines)
+    record_property("files_compared", len(expected))
 
 
-def peak_mib(pictures: int) -> dict[str, float]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), "--pictures", str(pictures)]
+def test_no_process_outlives_a_prepare_that_is_killed(tmp_path: Path) -> None:
+    assert killed(tmp_path / "out", 2, 10, 0.0)
+
+
+def benchmark(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
 
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_set() -> None:
     """3,000 more pictures are 230 MB of files, and 2.6 GB decoded."""
-    few, many = peak_mib(1000), peak_mib(4000)
+    few, many = benchmark("--pictures", 1000), benchmark("--pictures", 4000)
     assert many["peak_mib"] - few["peak_mib"] < 40
     assert many["peak_mib"] < 600
 
 
-@pytest.mark.campaign
-def test_80_000_pictures_fit_in_memory() -> None:
-    result = peak_mib(80_000)
+@pytest.mark.campaign(name="prepare_80000")
+def test_80_000_pictures_fit_in_memory(record_property: Callable[[str, object], None]) -> None:
+    """By two processes, as the command line prepares on two cores; the rate is of processor time, all of it."""
+    result = benchmark("--pictures", 80_000, "--processes", 2)
+    record_property("prepare", result)
     assert result["peak_mib"] < 1500
-    assert result["share_of_bare"] >= 0.8
+    assert result["processes"]["2"]["share_of_bare"] >= 0.8
+
+
+@pytest.mark.campaign(name="scale_prepare")
+def test_two_processes_cost_what_one_does(record_property: Callable[[str, object], None]) -> None:
+    """What a picture costs must not rise; how far the clock follows depends on what else the cores do."""
+    result = benchmark("--pictures", 6_000, "--processes", 1, 2, "--rounds", 3)
+    record_property("prepare", result)
+    one, two = result["processes"]["1"], result["processes"]["2"]
+    assert min(one["share_of_bare"], two["share_of_bare"]) >= 0.8
+    assert two["prepared_a_second"] >= 0.8 * one["prepared_a_second"]
+    assert two["times_as_fast_on_the_clock"] > 1.0
 
 
 def test_a_prepared_directory_holds_nothing_else(tmp_path: Path) -> None:

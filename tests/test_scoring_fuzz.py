@@ -18,13 +18,15 @@ GROWTH_MIB = 40.0  # the store of compared pairs fills up; a leak of one respons
     [
         FAST,
         pytest.param(FULL, marks=pytest.mark.full),
-        pytest.param(CAMPAIGN, marks=pytest.mark.campaign),
+        pytest.param(CAMPAIGN, marks=pytest.mark.campaign(name="fuzz_scoring")),
     ],
 )
-def test_hostile_strings_cost_a_second_at_most_and_touch_nothing(count, tmp_path):
+def test_hostile_strings_cost_a_second_at_most_and_touch_nothing(count, tmp_path, record_property):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.helpers.fuzz_scoring", str(count), str(count)]
     told = json.loads(subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True).stdout)
+    record_property("seed", count)
+    record_property("told", told)
     assert told["count"] == count == sum(told["statuses"].values())
     assert told["worst_seconds"] <= 1.0, told["worst_of"]
     assert told["touched"] == {}

@@ -8,6 +8,9 @@ import hashlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -177,9 +180,18 @@ def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Exampl
 
 def _start_worker(checker: RowChecker) -> None:
     global _checker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _checker = checker
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing: they would wait for ever, or write beside its successor."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(part: list[Example | Drop], path: Path) -> None:

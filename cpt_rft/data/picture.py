@@ -47,6 +47,9 @@ class PictureError(DataError):
         super().__init__(problem, _FIXES.get(reason, "replace the picture or drop the row"))
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PictureError, (self.reason, self.problem)
+
 
 def decode_picture(data: Picture, where: str) -> Image.Image:
     """Decode a picture fully, to the canonical form; one that is decoded already is only checked and converted.

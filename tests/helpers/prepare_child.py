@@ -1,4 +1,4 @@
-"""A prepare in a process of its own, to be killed: ``python -m tests.helpers.prepare_child OUT``.
+"""A prepare in a process of its own, to be killed: ``python -m tests.helpers.prepare_child OUT PROCESSES``.
 
 Prints a line for each part of the work that begins or ends, so that a killer can choose its moment.
 """
@@ -29,11 +29,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def main(out: Path) -> None:
+def main(out: Path, processes: int) -> None:
     parts.PART_ROWS = PART_ROWS
     for name in ("_write_split", "_write_drops", "write_index", "publish_directory", "publish_lock", "_clear"):
         _announce(name)
-    settings = Settings(Checks(max_dropped=0.1))
+    settings = Settings(Checks(max_dropped=0.1), processes=processes)
     prepare_task(task(), out / "cache", out, settings, lambda label, rows, total: say(f"{label} {rows}"))
     say("end")
 
@@ -49,4 +49,4 @@ def _announce(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
