@@ -177,12 +177,24 @@ def _note_reads(out: Path, data: Mapping[str, Path], rows: Mapping[str, Sequence
     path = out / READS_NAME
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     read = {
-        task: {"split": rows[task][0].split, "rows": len(rows[task]), "sha256": sha256_file(file)}
+        task: {
+            "split": rows[task][0].split,
+            "rows": len(rows[task]),
+            "sha256": sha256_file(file),
+            **_shared_pictures(rows[task]),
+        }
         for task, file in data.items()
     }
     if {**known, **read} != known:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {**known, **read})
+
+
+def _shared_pictures(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """The pictures of each row by number, where rows share them: such rows are no independent examples."""
+    seen: dict[tuple[bytes, ...], int] = {}
+    numbers = [seen.setdefault(row.images, len(seen)) if row.images else -1 - place for place, row in enumerate(rows)]
+    return {"pictures": numbers} if len(set(numbers)) < len(rows) else {}
 
 
 def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

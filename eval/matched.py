@@ -8,6 +8,7 @@ does for any difference.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ def mixture(points: Sequence[Point], level: float) -> dict[str, float] | None:
     >>> mixture([Point("low", 10.0, 1), Point("high", 20.0, 2)], 12.5)
     {'low': 0.75, 'high': 0.25}
     """
-    for below, above in zip(points, points[1:], strict=False):
+    for below, above in pairwise(points):
         if below.place <= level <= above.place:
             share = (level - below.place) / (above.place - below.place)
             parts = {below.name: 1 - share, above.name: share}

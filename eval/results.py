@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
 from eval import metrics, statistics
+from eval.costs import costs
+from eval.equal import losses, matched
 from eval.metrics import HEADLINE
 from eval.records import COUNTED_APART, accuracy, read_contracts, read_records, record_path
 from eval.runs import Chain, IncompleteRunError, Run, listed
-from eval.statistics import Resamples
+from eval.statistics import Resamples, spread
 
 Array = NDArray[np.float64]
 Json = dict[str, Any]
@@ -29,6 +31,8 @@ SCORES = ("strict", "lenient")
 NATIVE = "native"
 #: Arms may be compared at one point only if they learned about as much: points of mean R[j][j].
 COMPARABLE_POINTS = 3.0
+#: Keys whose values a second run does not repeat.
+MEASURED = ("times", "train_seconds", "seconds", "energy_joules", "memory_bytes")
 _DIGITS = 6
 
 
@@ -65,7 +69,7 @@ def without_times(results: Json) -> Json:
 
     def prune(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: prune(inner) for key, inner in value.items() if key not in ("times", "train_seconds")}
+            return {key: prune(inner) for key, inner in value.items() if key not in MEASURED}
         return [prune(inner) for inner in value] if isinstance(value, list) else value
 
     return dict(prune(results))
@@ -101,7 +105,7 @@ class _Builder:
         names = (*run.experiment.tasks, *run.general)
         first = run.styles[0]
         self.rows = {name: len(run.cell(run.base_eval, name, first).ids) for name in names}
-        self.resamples = Resamples.draw(self.rows)
+        self.resamples = Resamples.draw(self.rows, clusters=run.clusters())
         self._replicates: dict[tuple[Chain, str, str], Array] = {}
 
     def results(self, gaps: list[str]) -> Json:
@@ -124,6 +128,8 @@ class _Builder:
                     "base": self._base(),
                     "methods": {name: self._method(name, seconds[name]) for name in self.methods},
                     "comparisons": self._comparisons(),
+                    "matched": matched(self.run, [c for c in self.chains if not self._joint(c.method)], self.values),
+                    "costs": {name: costs(self.run, self._of(name)) for name in self.methods},
                     "times": {"train_seconds": seconds},
                 }
             )
@@ -178,6 +184,11 @@ class _Builder:
             return {"avg_acc": matrix[..., -1, :].mean(axis=-1)}
         return {name: metric(matrix) for name, metric in HEADLINE.items()}
 
+    def values(self, chain: Chain, style: str, score: str) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Headline metrics of a sequence in one view: on the data, and on all replicates."""
+        view = _View(style, score)
+        return self._values(False, self._matrix(chain, view)), self._values(False, self._matrices(chain, view))
+
     def _block(self, chain: Chain, view: _View) -> Json:
         """Matrix, metrics, flips and null value of one chain in one view."""
         joint, matrix = self._joint(chain.method), self._matrix(chain, view)
@@ -219,8 +230,10 @@ class _Builder:
         for place, task in enumerate(chain.order[:-1], start=1):
             pairs[task] = (cells[task][place], cells[task][-1])
         pooled = statistics.flips(*(np.concatenate(side) for side in zip(*pairs.values(), strict=True)))
+        found = {task: statistics.flips(*pair) for task, pair in pairs.items()}
+        corrected = statistics.holm([one.p_value for one in found.values()])
         return {
-            "tasks": {task: statistics.flips(*pair)._asdict() for task, pair in pairs.items()},
+            "tasks": {t: {**found[t]._asdict(), "p_holm": p} for t, p in zip(found, corrected, strict=True)},
             "all": pooled._asdict(),
         }
 
@@ -277,6 +290,7 @@ class _Builder:
             "lr": method.lr,
             "seeds": {chain.key: self._seed_entry(chain, seconds[chain.key]) for chain in chains},
             "summary": {NATIVE: views[method.style], **views},
+            "losses": {} if self._joint(name) else {s: losses(chains, s, self.values) for s in self.run.styles},
         }
 
     def _summary(self, chains: Sequence[Chain], style: str, score: str) -> Json:
@@ -285,7 +299,7 @@ class _Builder:
         points = [self._values(joint, self._matrix(chain, view)) for chain in chains]
         drawn = [self._values(joint, self._matrices(chain, view)) for chain in chains]
         summary: Json = {
-            name: _spread([float(p[name]) for p in points], np.mean([d[name] for d in drawn], axis=0), name)
+            name: spread([float(p[name]) for p in points], np.mean([d[name] for d in drawn], axis=0), name)
             for name in points[0]
         }
         if not joint:
@@ -307,10 +321,10 @@ class _Builder:
         if not points:
             return {}
         start = {n: self.run.cell(self.run.base_eval, n, view.style).scores(view.score).mean() for n in points}
-        table = {n: {"before": start[n], "change": _spread(points[n], after[n] - before[n], "change")} for n in points}
+        table = {n: {"before": start[n], "change": spread(points[n], after[n] - before[n], "change")} for n in points}
         means = np.mean([points[n] for n in points], axis=0).tolist()
         change = np.mean([after[n] - before[n] for n in points], axis=0)
-        table["mean"] = {"before": np.mean(list(start.values())), "change": _spread(means, change, "change")}
+        table["mean"] = {"before": np.mean(list(start.values())), "change": spread(means, change, "change")}
         return {n: {**row, "after": row["before"] + row["change"]["value"]} for n, row in table.items()}
 
     # --- two methods ----------------------------------------------------------------------------------------------
@@ -348,17 +362,5 @@ class _Builder:
         for name, metric in HEADLINE.items():
             points = [float(metric(self._matrix(a, one)) - metric(self._matrix(b, other))) for a, b in chains]
             drawn = [metric(self._matrices(a, one)) - metric(self._matrices(b, other)) for a, b in chains]
-            difference[name] = _spread(points, np.mean(drawn, axis=0), f"difference of {name}")
+            difference[name] = spread(points, np.mean(drawn, axis=0), f"difference of {name}")
         return difference
-
-
-def _spread(points: Sequence[float], replicates: Array, name: str) -> Json:
-    """A mean over seeds with its interval over examples, its interval over seeds, and the values themselves."""
-    value = float(np.mean(points))
-    ceiling = 0.0 if name == "fm" else None
-    return {
-        "value": value,
-        "examples": statistics.interval(value, replicates, ceiling=ceiling),
-        "seeds": statistics.seed_interval(points),
-        "values": list(points),
-    }

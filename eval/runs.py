@@ -17,6 +17,7 @@ from eval.records import RecordError, counts, read_contracts, read_records, reco
 
 Array = NDArray[np.float64]
 MULTITASK_STAGE = "multitask"
+READS_NAME = "reads.json"
 
 
 class IncompleteRunError(UserError):
@@ -209,6 +210,23 @@ class Run:
                 "evaluate under 'greedy' or 'paper'; teacher forcing is for 'cpt-rft audit'",
             )
         return name
+
+    def clusters(self) -> dict[str, list[int]]:
+        """By task, where questions share pictures, the picture of each row by number (``reads.json``)."""
+        path = self.base_eval / READS_NAME
+        if not path.is_file():
+            return {}
+        try:
+            reads = json.loads(path.read_text(encoding="utf-8"))
+            found = {
+                task: [int(number) for number in read["pictures"]] for task, read in reads.items() if "pictures" in read
+            }
+            short = [task for task, numbers in found.items() if len(numbers) != reads[task]["rows"]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordError(f"{path} is broken ({error}).", "evaluate the base model again") from error
+        if short:
+            raise RecordError(f"{path}: {short[0]} has not one picture number a row.", "evaluate the base model again")
+        return found
 
     def train_log(self, stage: Path) -> list[dict[str, Any]]:
         """The lines of a stage's training log.

@@ -5,7 +5,7 @@ Everything is vectorised over replicates and seeded by `cpt_rft.seeds`. Percenta
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +124,7 @@ def smallest_effect(replicates: Array) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for testing them all, in the order given. Source: Holm 1979, step down.
+    """The p values, corrected for testing them all, in the order given. Source: Holm 1979, step down.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -209,3 +209,16 @@ def middle(replicates: Array) -> Interval:
     """The range of the middle 95 % of replicates."""
     low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
+
+
+def spread(points: Sequence[float], replicates: Array, name: str) -> dict[str, Any]:
+    """A mean over seeds with its interval over examples, its interval over seeds, and the values themselves."""
+    value = float(np.mean(points))
+    ceiling = 0.0 if name == "fm" else None
+    return {
+        "value": value,
+        "examples": interval(value, replicates, ceiling=ceiling),
+        "seeds": seed_interval(points),
+        "smallest_effect": smallest_effect(replicates),
+        "values": list(points),
+    }
