@@ -93,6 +93,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     _add(verbs, "prepare", _prepare, "write and check the rows, nothing else")
     _add(verbs, "train", _train, "train one stage whose parent is there", stage="required")
     _add(verbs, "evaluate", _evaluate, "score one stage, or the base model if none is named", stage="optional")
+    _add(verbs, "drift", _drift, "measure how far trained stages moved the model, and what their updates risked")
     schema = verbs.add_parser("schema", help="write the JSON Schemas of configs/ for editors")
     schema.add_argument("--out", type=Path, help="directory (default: configs/schema of this repository)")
     schema.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -133,14 +134,15 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         child.add_argument("task", nargs=None if stage == "required" else "?", help="a task, or 'multitask'")
         child.add_argument("--seed", type=int, help="training seed (default: the first)")
         child.add_argument("--order", type=int, default=0, help="number of the task order (default: 0)")
-    elif name in ("plan", "run", "status"):
+    elif name in ("plan", "run", "status", "drift"):
         child.add_argument("--method", action="append", default=[], help="only this method (may be repeated)")
         child.add_argument("--seed", action="append", type=int, default=[], help="only this seed (may be repeated)")
         child.add_argument(
             "--order", action="append", type=int, default=[], help="only this task order (may be repeated)"
         )
-    if name == "run":
+    if name in ("run", "drift"):
         child.add_argument("--task", help="go no further than this task")
+    if name == "run":
         child.add_argument("--rerun-stale", action="store_true", help="make stages anew that other code made")
     if name == "plan":
         child.add_argument(
@@ -275,6 +277,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         seed = experiment.seeds[0] if options.seed is None else options.seed
         stage = evaluate_one(session, options.method, options.task, options.order, seed)
         _say(f"scored: {stage.directory / 'eval'}")
+
+
+def _drift(options: argparse.Namespace) -> None:
+    from cpt_rft.sequence.run import measure_drift, open_session
+
+    experiment, selection = _experiment(options, options.method), _selection(options)
+    with open_session(experiment, _say, debug=options.debug) as session:
+        if not measure_drift(session, selection):
+            _say("everything that is trained is measured already")
+        _show_results(session, force=False)
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
-from eval import metrics, statistics
+from eval import explain, metrics, statistics
 from eval.costs import costs
 from eval.equal import losses, matched
 from eval.metrics import HEADLINE
@@ -78,7 +78,8 @@ def without_times(results: Json) -> Json:
 def _plain(value: Any) -> Any:
     """Numbers rounded and arrays as lists, so that the JSON is the same wherever the sums are."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        # Stages hold divergences of any size, and are rounded to so many digits already.
+        return {key: inner if key == "stages" else _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [_plain(inner) for inner in value]
     if isinstance(value, float | np.floating):
@@ -111,6 +112,7 @@ class _Builder:
     def results(self, gaps: list[str]) -> Json:
         experiment, contract = self.run.experiment, self.run.contract()
         seconds = {name: {c.key: self._train_seconds(c) for c in self._of(name)} for name in self.methods}
+        methods = {name: self._method(name, seconds[name]) for name in self.methods}
         return dict(
             _plain(
                 {
@@ -126,7 +128,8 @@ class _Builder:
                     "rows": self.rows,
                     "missing": gaps,
                     "base": self._base(),
-                    "methods": {name: self._method(name, seconds[name]) for name in self.methods},
+                    "methods": methods,
+                    "explained": explain.relations(methods),
                     "comparisons": self._comparisons(),
                     "matched": matched(self.run, [c for c in self.chains if not self._joint(c.method)], self.values),
                     "costs": {name: costs(self.run, self._of(name)) for name in self.methods},
@@ -271,8 +274,15 @@ class _Builder:
             **{name: native[name] for name in ("matrix", *HEADLINE)},
             "by_style": by_style,
             "general": native["general"]["strict"],
+            "stages": self._stages(chain),
             "train_seconds": seconds,
         }
+
+    def _stages(self, chain: Chain) -> list[Json]:
+        """What may explain forgetting, stage by stage."""
+        style = self._native(chain.method)
+        matrices = {score: self._matrix(chain, _View(style, score)) for score in SCORES}
+        return explain.stages(self.run, chain, matrices, joint=self._joint(chain.method))
 
     def _train_seconds(self, chain: Chain) -> float | None:
         lines = [line for stage in chain.stages for line in self.run.train_log(stage)]

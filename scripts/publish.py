@@ -12,6 +12,7 @@ from typing import Any
 
 from cpt_rft.errors import UserError
 from cpt_rft.files import write_text_atomic
+from eval import explain_table
 from eval.table import markdown
 
 KEPT = ("results.json", "config.json")
@@ -40,7 +41,7 @@ def page(results: dict[str, Any], made: dict[str, Any], command: str) -> str:
         f"# {results['experiment']}: preliminary results\n\n"
         f"Made by `{command}`. Code {made['code'][:12]} (a hash of the sources), {versions}.\n"
         "`results.json` holds every number and more, `config.json` is what was run; `cpt-rft report` draws it.\n\n"
-        f"{markdown(results)}"
+        f"{markdown(results)}\n{explain_table.markdown(results)}"
     )
 
 

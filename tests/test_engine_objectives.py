@@ -15,6 +15,7 @@ from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import Completion
 from cpt_rft.engines.local.grpo import GrpoObjective
 from cpt_rft.engines.local.objective import StepResult
+from cpt_rft.engines.local.observe import KINDS, OBSERVE_EVERY, kind_of, reward_variance
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.errors import DataError
 from cpt_rft.miniature.world import make_rows
@@ -127,9 +128,16 @@ class Scripted(GrpoObjective):
 
 
 def oracle(
-    policy: Policy, reference: Policy | None, rows: list[Example], objective: GrpoObjective
+    policy: Policy,
+    reference: Policy | None,
+    rows: list[Example],
+    objective: GrpoObjective,
+    only: Sequence[str] = KINDS,
 ) -> tuple[float, dict[str, Tensor], list[list[Completion]]]:
-    """GRPO written down once more, on the stock model, without sharing, packing, chunks or left-out groups."""
+    """GRPO written down once more, on the stock model, without sharing, packing, chunks or left-out groups.
+
+    With ``only``, the share of the groups of some kinds.
+    """
     method = objective.method
     prompts = [encode_prompt(policy, row.images, user_text(row, method.style, "miniature")) for row in rows]
     groups = objective.rollout(0, prompts)
@@ -145,7 +153,8 @@ def oracle(
 
     policy.model.zero_grad()
     total, tokens = torch.zeros(()), 0
-    for prompt, group, group_values in zip(prompts, groups, advantages, strict=True):
+    for prompt, group, group_values, group_scores in zip(prompts, groups, advantages, scores, strict=True):
+        counted = kind_of(group_scores) in only
         for completion, advantage in zip(group, group_values, strict=True):
             ours = logprobs(policy, prompt, completion.token_ids)
             losses = -advantage * (ours - ours.detach()).exp()
@@ -153,7 +162,7 @@ def oracle(
                 with torch.no_grad():
                     theirs = logprobs(reference, prompt, completion.token_ids)
                 losses = losses + method.kl_coef * k3_divergence(ours, theirs)
-            total = total + losses.sum()
+            total = total + losses.sum() * counted
             tokens += len(completion.token_ids)
     loss = total / tokens
     loss.backward()
@@ -177,6 +186,54 @@ def test_grpo_is_its_definition_on_the_stock_model(
     tokenizer = policy.tokenizer
     sampled = [each.token_ids for group in groups for each in group]
     assert any(tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids for ids in sampled)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_each_kind_of_group_has_its_share_of_the_gradient(
+    policy: Policy, other: Policy, rows: list[Example], kl_coef: float
+) -> None:
+    """Without a KL penalty groups of equal rewards pull at nothing; with it they do."""
+    method = grpo(kl_coef=kl_coef, prompts_per_step=6, micro_batch=2)
+    reference = other if kl_coef else None
+    objective = Scripted(policy, reference, method, "miniature", ("test",))
+    result, _ = run(objective, policy, rows)
+    assert result.fields["all_wrong"] == 0.5 and result.fields["all_right"] == 0.0
+    assert "grad_norm_right" not in result.fields
+    for kind in ("mixed", "wrong"):
+        _, share, _ = oracle(policy, reference, rows, objective, only=[kind])
+        expected = float(torch.stack([gradient.square().sum() for gradient in share.values()]).sum().sqrt())
+        assert result.fields[f"grad_norm_{kind}"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert (result.fields["grad_norm_wrong"] > 0) == (kl_coef > 0)
+
+
+def test_looking_at_the_gradient_does_not_change_it(policy: Policy, rows: list[Example]) -> None:
+    """Every tenth step is looked at; the same rollouts in one that is not give the same bits."""
+
+    class Fixed(Scripted):
+        def rollout(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:
+            return super().rollout(0, prompts)
+
+    found = []
+    for step in (OBSERVE_EVERY, OBSERVE_EVERY + 1):
+        policy.model.zero_grad()
+        objective = Fixed(policy, None, grpo(kl_coef=0.0), "miniature", ("test",))
+        result = objective.gradients(step, rows, lambda loss: loss.backward())
+        found.append((any(key.startswith("grad_norm_") for key in result.fields), gradients_of(policy)))
+    (seen, ours), (unseen, theirs) = found
+    assert seen and not unseen
+    assert all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
+
+
+def test_a_group_is_of_one_kind(policy: Policy, rows: list[Example]) -> None:
+    right, wrong = (
+        Score(strict=x, lenient=x, format=f, extracted=None, status="answered") for x, f in ((1, 1), (0, 0))
+    )
+    formed = wrong._replace(format=1.0)
+    assert [kind_of(group) for group in ([right] * 2, [right, wrong], [wrong, formed])] == ["right", "mixed", "wrong"]
+
+
+def test_reward_variance_is_that_within_a_prompt() -> None:
+    assert reward_variance(torch.tensor([[0.0, 1.0], [0.9, 0.9]])) == 0.25
 
 
 def test_the_first_ratio_is_one(policy: Policy, rows: list[Example]) -> None:

@@ -26,6 +26,7 @@ from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, we
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
     *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap"),
+    *("reward_variance", "all_right", "all_wrong", "grad_norm_right", "grad_norm_mixed", "grad_norm_wrong"),
 }
 
 

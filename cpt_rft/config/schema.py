@@ -29,6 +29,10 @@ TASK_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(TASKS), "hub": _
 GENERAL_NAMES: Mapping[str, tuple[str, ...]] = {"miniature": tuple(GENERAL), "hub": _HUB}
 
 
+#: Keys of the section `evaluation` that add measurements and change no score.
+METER_KEYS = ("drift", "fisher")
+
+
 class DataConfig(Strict):
     """Which rows."""
 
@@ -68,6 +72,26 @@ class DataConfig(Strict):
         return value
 
 
+class DriftConfig(Strict):
+    """The drift meter (docs/meters.md): how far each stage moves the model, in nats."""
+
+    rows: Annotated[int, Field(ge=2)] = 16
+    """Dev prompts a task; intervals are over prompts, so at least two."""
+    samples: PositiveInt = 4
+    """Sequences a prompt, sampled at temperature 1."""
+
+
+class FisherConfig(Strict):
+    """The Fisher meter (docs/meters.md): how much an SFT and an RFT update from a stage's start risk on old tasks."""
+
+    rows: Annotated[int, Field(ge=2)] = 16
+    """Training prompts of the stage's task; both updates are made on them."""
+    group: Annotated[int, Field(ge=2)] = 8
+    """Completions a prompt of the RFT update."""
+    scores: Annotated[int, Field(ge=2)] = 64
+    """Dev prompts of the old tasks together, one sampled answer each, that estimate the Fisher information."""
+
+
 class EvaluationConfig(Strict):
     """How every checkpoint is scored."""
 
@@ -98,6 +122,14 @@ class EvaluationConfig(Strict):
     """What counts as right: `official`, or `paper_single_label` (the released reward)."""
     base_samples: Annotated[int, Field(ge=0)] = 8
     """Samples a row at temperature 1 for the base model's row; 0 for none."""
+    drift: DriftConfig | None = None
+    """Measure how far each stage moves the model; null for off. No score depends on it."""
+    fisher: FisherConfig | None = None
+    """Measure the Fisher risk of both kinds of update at each stage's start; null for off. No score depends on it."""
+
+    @model_serializer(mode="wrap")
+    def _without_meters_that_are_off(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in METER_KEYS or value is not None}
 
     @model_validator(mode="before")
     @classmethod

@@ -64,6 +64,13 @@ class StepLog:
         tokens: Target or completion tokens in the loss.
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
+        reward_variance: Mean over prompts of the unbiased variance of the rewards of a prompt's completions.
+        all_right: Share of groups whose completions are all right by the strict score.
+        all_wrong: Share of groups whose completions are all wrong by it.
+        grad_norm_right: Norm of the share of the all-right groups in the gradient, where there are any; in the first
+            step of a stage and every tenth after it.
+        grad_norm_mixed: The same of the groups with right and wrong completions.
+        grad_norm_wrong: The same of the all-wrong groups.
     """
 
     step: int
@@ -83,6 +90,12 @@ class StepLog:
     zero_variance: float | None = None
     entropy: float | None = None
     rollout_gap: float | None = None
+    reward_variance: float | None = None
+    all_right: float | None = None
+    all_wrong: float | None = None
+    grad_norm_right: float | None = None
+    grad_norm_mixed: float | None = None
+    grad_norm_wrong: float | None = None
 
     def line(self) -> str:
         """The line of the log, without its newline."""

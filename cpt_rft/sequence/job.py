@@ -12,7 +12,15 @@ from cpt_rft.engines.base import StepLog
 from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.manifest import check_checkpoint
 from cpt_rft.sequence.lineage import StageState, first_problem, survey
-from cpt_rft.sequence.plan import Chain, Cost, Selection, chain_label, evaluation_cost, training_cost
+from cpt_rft.sequence.plan import (
+    Chain,
+    Cost,
+    Selection,
+    chain_label,
+    evaluation_cost,
+    measuring_cost,
+    training_cost,
+)
 from cpt_rft.sequence.rundir import Run, read_run
 
 Emit = Callable[[dict[str, Any]], None]
@@ -30,6 +38,7 @@ class Job:
         stages: Names of the stages to do.
         train: Whether to train what is missing.
         evaluate: Whether to score what is not scored.
+        measure: Whether to make the measurements that the experiment asks for.
     """
 
     kind: Literal["base", "chain"]
@@ -39,12 +48,21 @@ class Job:
     stages: tuple[str, ...] = ()
     train: bool = True
     evaluate: bool = True
+    measure: bool = True
 
     @classmethod
-    def of(cls, chain: Chain, states: list[StageState], *, train: bool = True, evaluate: bool = True) -> "Job":
+    def of(
+        cls,
+        chain: Chain,
+        states: list[StageState],
+        *,
+        train: bool = True,
+        evaluate: bool = True,
+        measure: bool = True,
+    ) -> "Job":
         """The job of doing some stages of a chain."""
         names = tuple(state.stage.name for state in states)
-        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate)
+        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, measure)
 
     @property
     def label(self) -> str:
@@ -147,12 +165,16 @@ def _do_base(run: Run, emit: Emit) -> None:
 
 
 def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Emit) -> None:
+    from cpt_rft.sequence.measure import measure_stage
     from cpt_rft.sequence.stages import anew, evaluate_stage, train_stage
 
     training = {state.stage.name: training_cost(run.experiment, chain.method, state.stage) for state in todo}
     scoring = evaluation_cost(run.experiment)
     parts = [training[state.stage.name] for state in todo if job.train and state.manifest is None]
-    meter = Meter(emit, parts + [scoring for state in todo if job.evaluate and not state.evaluated])
+    parts += [scoring for state in todo if job.evaluate and not state.evaluated]
+    measuring = {state.stage.name: measuring_cost(run.experiment, chain, state.stage) for state in todo}
+    parts += [measuring[state.stage.name] for state in todo if job.measure and not state.measured]
+    meter = Meter(emit, parts)
     for state in todo:
         stage, manifest = state.stage, state.manifest
         where = f"{stage.index}/{len(chain.stages)} {stage.name}"
@@ -175,6 +197,15 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
 
             evaluate_stage(run, checkpoint, stage.directory / "eval", manifest.checkpoint_sha256, progress)
             meter.finish(scoring, f"{where} scored")
+        if job.measure and not state.measured and manifest is not None and measuring[stage.name].rows:
+            cost = measuring[stage.name]
+            check_checkpoint(stage.directory / "checkpoint", manifest.files, full=True, fix=anew(stage))
+
+            def measured(done: int, total: int, what: str, cost: Cost = cost, where: str = where) -> None:
+                meter.at(cost, done, total, f"{where} measuring {what}")
+
+            measure_stage(run, chain, stage, manifest, measured)
+            meter.finish(cost, f"{where} measured")
 
 
 def _gist(line: StepLog) -> str:

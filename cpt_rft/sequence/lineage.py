@@ -9,13 +9,14 @@ from cpt_rft.config.load import dump
 from cpt_rft.errors import StageError, UserError
 from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
+from cpt_rft.sequence.measure import is_measured
 from cpt_rft.sequence.plan import Chain, StagePlan
-from cpt_rft.sequence.rundir import Run
+from cpt_rft.sequence.rundir import Run, without_meters
 from eval.contract import scorer_terms
 from eval.records import VERSION
 
 EVALUATION_NAME = "evaluation.json"
-Word = Literal["done", "trained", "in work", "missing", "broken"]
+Word = Literal["done", "scored", "trained", "in work", "missing", "broken"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StageState:
         identity: What it must be.
         manifest: What was published, if anything readable was.
         evaluated: Whether its records are complete.
+        measured: Whether every measurement that the experiment asks for is there.
         problem: Why what is there cannot be used, if it cannot.
     """
 
@@ -34,6 +36,7 @@ class StageState:
     identity: dict[str, Any]
     manifest: Manifest | None = None
     evaluated: bool = False
+    measured: bool = False
     problem: UserError | None = None
 
     @property
@@ -42,7 +45,7 @@ class StageState:
         if self.problem is not None:
             return "broken"
         if self.manifest is not None:
-            return "done" if self.evaluated else "trained"
+            return ("done" if self.measured else "scored") if self.evaluated else "trained"
         return "in work" if self.stage.partial.exists() else "missing"
 
     def is_stale(self, code: str) -> bool:
@@ -64,7 +67,7 @@ def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
         identity = stage_identity(run, chain, stage, parent_identity)
         state = StageState(stage, identity)
         if stage.directory.exists():
-            state = _inspect(run, state, parent_weights, full=full)
+            state = _inspect(run, chain, state, parent_weights, full=full)
         states.append(state)
         parent_identity = sha256_json(identity)
         # Where the parent is to be made anew, its weights will be the same: the identity says so.
@@ -90,7 +93,7 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dic
     }
 
 
-def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) -> StageState:
+def _inspect(run: Run, chain: Chain, state: StageState, parent_weights: str, *, full: bool) -> StageState:
     stage = state.stage
     anew = f"delete {stage.directory} and give the same command again to make the stage anew"
     try:
@@ -104,7 +107,7 @@ def _inspect(run: Run, state: StageState, parent_weights: str, *, full: bool) ->
     except UserError as error:
         return StageState(stage, state.identity, problem=error)
     evaluated = is_evaluated(run, stage.directory / "eval", manifest.checkpoint_sha256, full=full)
-    return StageState(stage, state.identity, manifest, evaluated)
+    return StageState(stage, state.identity, manifest, evaluated, is_measured(run, chain, stage, manifest))
 
 
 def first_problem(states: Sequence[StageState]) -> UserError | None:
@@ -122,7 +125,7 @@ def evaluation_key(run: Run, weights: str) -> str:
             "weights": weights,
             "records": VERSION,
             "scorer": scorer_terms(experiment.evaluation.scorer),
-            "evaluation": dump(experiment.evaluation),
+            "evaluation": without_meters(dump(experiment.evaluation)),
             "prompt_preset": experiment.data.prompt_preset,
             "data": {name: run.data.hashes[f"{name}/{split}"] for name in names},
         }

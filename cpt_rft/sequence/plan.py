@@ -17,6 +17,7 @@ PROMPT_TOKENS = 48
 LABEL_TOKENS = {"direct": 4, "cot": 24}
 RECORD_BYTES = 600
 ROW_BYTES = 4096
+FISHER_FACTOR = 4  # gradients of single completions, one after the other
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,24 @@ def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     return Cost(rows, 0, rows * PROMPT_TOKENS, written)
 
 
+def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Cost:
+    """What the meters of a stage take."""
+    drift, fisher = experiment.evaluation.drift, experiment.evaluation.fisher
+    old = len({task for earlier in chain.stages[: stage.index - 1] for task in earlier.tasks})
+    length = min(experiment.evaluation.max_new_tokens, LABEL_TOKENS[chain.method.style])
+    rows = steps = read = written = 0
+    if drift is not None:
+        rows += drift.rows * (old + len(stage.tasks))
+        sequences = rows * drift.samples
+        written += 3 * sequences * length  # base, start and model each write
+        read += 7 * (rows * PROMPT_TOKENS + sequences * length)  # and read what they and the others wrote
+    if fisher is not None and old:
+        answers = fisher.rows * (1 + fisher.group) + fisher.scores
+        rows, steps = rows + fisher.rows + fisher.scores, answers
+        read += FISHER_FACTOR * answers * (PROMPT_TOKENS + length)
+    return Cost(rows, steps, read, written)
+
+
 def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
     """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
     stages = sum(len(chain.stages) for chain in chains)
@@ -199,5 +218,6 @@ def describe(experiment: Experiment, chains: Sequence[Chain]) -> Iterator[tuple[
         parent = "base"
         for stage in chain.stages:
             cost = training_cost(experiment, chain.method, stage)
-            yield chain.label, f"{stage.index}_{stage.name}", parent, cost.rows, cost.steps, cost.tokens + scoring
+            tokens = cost.tokens + scoring + measuring_cost(experiment, chain, stage).tokens
+            yield chain.label, f"{stage.index}_{stage.name}", parent, cost.rows, cost.steps, tokens
             parent = f"{stage.index}_{stage.name}"

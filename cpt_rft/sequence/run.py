@@ -16,9 +16,11 @@ from cpt_rft.manifest import code_sha256
 from cpt_rft.progress import make_display
 from cpt_rft.sequence.job import Job
 from cpt_rft.sequence.lineage import StageState, first_problem, is_evaluated, survey
-from cpt_rft.sequence.plan import Chain, Selection, StagePlan, evaluation_cost, training_cost
+from cpt_rft.sequence.measure import refuse_no_meter
+from cpt_rft.sequence.plan import Chain, Selection, StagePlan, evaluation_cost, measuring_cost, training_cost
 from cpt_rft.sequence.pool import Pool, worker_count
 from cpt_rft.sequence.rundir import Run, locked_data, make_directory, make_run
+from eval.meters import METERS
 
 STAMP_NAME = ".report.json"
 Say = Callable[[str], None]
@@ -143,7 +145,7 @@ def train_one(session: Session, method: str, task: str, order: int, seed: int) -
     """
     chain, state = _find(session, method, task, order, seed)
     if state.manifest is None:
-        session.execute([Job.of(chain, [state], evaluate=False)])
+        session.execute([Job.of(chain, [state], evaluate=False, measure=False)])
     return state.stage
 
 
@@ -157,8 +159,31 @@ def evaluate_one(session: Session, method: str, task: str, order: int, seed: int
     if state.manifest is None:
         raise StageError(f"{state.stage.directory} is not trained.", f"cpt-rft train EXPERIMENT.yaml {method} {task}")
     if not state.evaluated:
-        session.execute([Job.of(chain, [state], train=False)])
+        session.execute([Job.of(chain, [state], train=False, measure=False)])
     return state.stage
+
+
+def measure_drift(session: Session, selection: Selection) -> bool:
+    """Measure every selected stage that is trained and not measured; returns whether there was anything to do.
+
+    Raises:
+        UserError: No meter is on, no selected stage is trained, or something that is there cannot be used.
+    """
+    refuse_no_meter(session.run)
+    jobs, trained = [], 0
+    for chain in session.chains(selection):
+        states = _until(survey(session.run, chain), selection.task)
+        problem = first_problem(states)
+        if problem is not None:
+            raise problem
+        there = [state for state in states if state.manifest is not None]
+        trained += len(there)
+        if todo := [state for state in there if not state.measured]:
+            jobs.append(Job.of(chain, todo, train=False, evaluate=False))
+    if not trained:
+        raise StageError("No selected stage is trained yet.", "train with 'cpt-rft run EXPERIMENT.yaml' first")
+    session.execute(jobs)
+    return bool(jobs)
 
 
 def evaluate_base(session: Session) -> None:
@@ -191,7 +216,9 @@ def write_results(session: Session, *, force: bool = False) -> dict[str, Any]:
 def _report_inputs(run: Run) -> list[Any]:
     """What a report is made from, by the notes that say that it is complete."""
     notes = sorted(run.directory.glob("*/order*/seed*/*/eval/evaluation.json"))
+    meters = sorted(run.directory.glob(f"*/order*/seed*/*/{METERS}/*.json"))
     return [
+        *(read_json(path).get("key") for path in meters),
         dump(run.experiment),
         *(read_json(path) for path in [*notes, run.base_directory / "eval" / "evaluation.json"]),
     ]
@@ -232,4 +259,6 @@ def _work(run: Run, job: Job) -> float:
     chain = job.chain(run)
     scoring = evaluation_cost(run.experiment).work * job.evaluate
     stages = [stage for stage in chain.stages if stage.name in job.stages]
-    return sum(scoring + training_cost(run.experiment, chain.method, stage).work * job.train for stage in stages)
+    measuring = sum(measuring_cost(run.experiment, chain, stage).work for stage in stages) * job.measure
+    training = sum(training_cost(run.experiment, chain.method, stage).work for stage in stages) * job.train
+    return scoring * len(stages) + training + measuring

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.load import dump, find_directory
-from cpt_rft.config.schema import Experiment
+from cpt_rft.config.schema import METER_KEYS, Experiment
 from cpt_rft.data.prepare import LOCK_NAME, PreparedData, check_sources, prepare, wanted_splits
 from cpt_rft.errors import CheckpointError, DataError, StageError
 from cpt_rft.files import FileRecord, hash_tree, tree_sha256, write_json_atomic, write_text_atomic
@@ -168,6 +168,8 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
         {**side, "methods": methods, "seeds": None, "orders": side["orders"][:length]}
         for side, methods in zip((there, new), shared, strict=True)
     )
+    # Which meters are on decides no score and no weight.
+    old, wanted = ({**side, "evaluation": without_meters(side["evaluation"])} for side in (old, wanted))
     found = differences(old, wanted, _FREE)
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
@@ -176,6 +178,11 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
             "put the values back, or give output=DIRECTORY to start a run of its own",
         )
     return Experiment.model_validate_json(json.dumps({**new, **grown}))
+
+
+def without_meters(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The section ``evaluation``, less what adds measurements and changes no score."""
+    return {key: value for key, value in evaluation.items() if key not in METER_KEYS}
 
 
 def locked_data(experiment: Experiment, directory: Path) -> PreparedData | None:

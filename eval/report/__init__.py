@@ -9,7 +9,8 @@ import jinja2
 from markupsafe import Markup
 
 from cpt_rft.files import write_text_atomic
-from eval.report import abilities, forgetting
+from eval.explain_table import HOW, explain_sheets
+from eval.report import abilities, explain, forgetting
 from eval.report.drawn import series
 from eval.report.gather import Flip, curves, flipped
 from eval.results import write_results
@@ -22,6 +23,7 @@ __all__ = ["REPORT_NAME", "render", "write_report"]
 Json = dict[str, Any]
 REPORT_NAME = "report.html"
 FLIPS_A_TASK = 4
+_IN_FIGURES = ("What goes along with forgetting",)
 
 
 def write_report(run_dir: Path, results: Json | None = None) -> Path:
@@ -61,6 +63,9 @@ def render(run_dir: Path, results: Json) -> str:
         "lines": {score: forgetting.task_lines(results, arms, score) for score in SCORE_NAMES},
         "plasticity": {score: abilities.plasticity(results, arms, score) for score in SCORE_NAMES},
         "general": {score: abilities.general(results, arms, score) for score in SCORE_NAMES if results["general"]},
+        "explained": {score: explain.scatters(results, arms, score) for score in SCORE_NAMES},
+        "explain_sheets": [sheet for sheet in explain_sheets(results) if sheet.title not in _IN_FIGURES],
+        "unmeasured": "" if _is_measured(results) else HOW,
         "training": abilities.training(curves(run, chains), arms, len(results["tasks"])),
         "sheets": _sheets(results),
         "more": [comparison_sheet(entry) for entry in results["comparisons"][1:]],
@@ -118,6 +123,15 @@ def flips_sheet(results: Json) -> Sheet:
                     rows.append((name, key, SCORE_NAMES[score], *(str(count) for count in counts), p_value))
     heads = ("method", "seed", "score", "rows", f"right {ARROW} wrong", f"wrong {ARROW} right", "p (McNemar)")
     return Sheet("Flips", heads, tuple(rows), 3, "From right after learning to the end; exact two-sided test.")
+
+
+def _is_measured(results: Json) -> bool:
+    return any(
+        stage["drift"] or stage["fisher"]
+        for method in results["methods"].values()
+        for seed in method["seeds"].values()
+        for stage in seed["stages"]
+    )
 
 
 def _choices(shown: list[Flip]) -> dict[str, list[str]]:

@@ -25,7 +25,11 @@ CURVES = {
     "length": ("response length, tokens", 1.0),
     "truncated": ("truncated rollouts, %", 100.0),
     "zero_variance": ("groups without a signal, %", 100.0),
+    "reward_variance": ("reward variance a prompt", 1.0),
     "grad_norm": ("gradient norm", 1.0),
+    "grad_norm_right": ("gradient norm, all-right groups", 1.0),
+    "grad_norm_mixed": ("gradient norm, mixed groups", 1.0),
+    "grad_norm_wrong": ("gradient norm, all-wrong groups", 1.0),
 }
 _POINTS = 140
 

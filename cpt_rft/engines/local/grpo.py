@@ -18,6 +18,7 @@ from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import Completion, generate, suppression
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, StepResult, chunks
+from cpt_rft.engines.local.observe import OBSERVE_EVERY, GradientMeter, Kind, kind_of, reward_variance
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_blocks
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import Score, reward, score
@@ -25,11 +26,12 @@ from cpt_rft.seeds import derive_seed
 
 
 class Group(NamedTuple):
-    """A prompt, its completions, and the advantage of each (G,)."""
+    """A prompt, its completions, the advantage of each (G,), and what kind of group it is."""
 
     prompt: EncodedPrompt
     completions: list[Completion]
     advantages: Tensor
+    kind: Kind
 
 
 @dataclass
@@ -41,6 +43,7 @@ class _Totals:
     entropy: float = 0.0
     seen: int = 0
     gap: float = field(default=0.0)
+    meter: GradientMeter | None = None
 
 
 class GrpoObjective:
@@ -78,12 +81,14 @@ class GrpoObjective:
         scores = [[self.score(row, each) for each in group] for row, group in zip(rows, completions, strict=True)]
         rewards_PG = torch.tensor([[reward(each, self.method.style) for each in group] for group in scores]).double()
         equal_P = zero_variance(rewards_PG)
-        groups = [Group(*each) for each in zip(prompts, completions, group_advantages(rewards_PG), strict=True)]
+        kinds = [kind_of(group) for group in scores]
+        parts = zip(prompts, completions, group_advantages(rewards_PG), kinds, strict=True)
+        groups = [Group(*each) for each in parts]
         if self.reference is None:
             groups = [group for group, equal in zip(groups, equal_P.tolist(), strict=True) if not equal]
         flat = [each for group in completions for each in group]
         tokens = sum(len(each.token_ids) for each in flat)
-        totals = _Totals()
+        totals = _Totals(meter=None if step % OBSERVE_EVERY else GradientMeter(self.policy.model, kinds))
         for part in chunks(groups, self.method.micro_batch):
             self._micro_batch(part, tokens, backward, totals)
         fields = {
@@ -94,9 +99,13 @@ class GrpoObjective:
             "accuracy": _mean([each.strict for group in scores for each in group]),
             "format": _mean([each.format for group in scores for each in group]),
             "zero_variance": float(equal_P.double().mean()),
+            "reward_variance": reward_variance(rewards_PG),
+            "all_right": _mean([kind == "right" for kind in kinds]),
+            "all_wrong": _mean([kind == "wrong" for kind in kinds]),
             "kl": None if self.reference is None else totals.kl / tokens,
             "entropy": totals.entropy / totals.seen if totals.seen else None,
             "rollout_gap": totals.gap if totals.seen else None,
+            **(totals.meter.norms() if totals.meter else {}),
         }
         return StepResult(totals.loss, fields)
 
@@ -147,6 +156,10 @@ class GrpoObjective:
             kl_N = k3_divergence(logprobs_N, self._reference_logprobs(contexts, blocks))
             loss_N = loss_N + self.method.kl_coef * kl_N
             totals.kl += float(kl_N.detach().sum())
+        if totals.meter is not None:
+            counts = [sum(len(each.token_ids) for each in group.completions) for group in groups]
+            kinds_N = [group.kind for group, count in zip(groups, counts, strict=True) for _ in range(count)]
+            totals.meter.add(loss_N, kinds_N, tokens)
         loss = token_mean(loss_N, torch.ones_like(loss_N), tokens)
         backward(loss)
         totals.loss += float(loss.detach())
