@@ -18,7 +18,7 @@ from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
 from eval import explain, metrics, statistics
 from eval.costs import costs
-from eval.equal import losses, matched
+from eval.equal import families, losses, matched
 from eval.metrics import HEADLINE
 from eval.records import COUNTED_APART, accuracy, read_contracts, read_records, record_path
 from eval.runs import Chain, IncompleteRunError, Run, listed
@@ -47,6 +47,12 @@ def build_results(run_dir: Path, *, partial: bool = False) -> Json:
         IncompleteRunError: Cells are missing (with `partial`: of every chain, or of the base model).
         RecordError: Records are broken or may not be mixed.
     """
+    builder, gaps = open_builder(run_dir, partial=partial)
+    return builder.results(gaps)
+
+
+def open_builder(run_dir: Path, *, partial: bool = False) -> tuple["_Builder", list[str]]:
+    """What computes the results of a run, and the cells that it lacks; see `build_results`."""
     run = Run.open(run_dir)
     missing = {chain: run.missing(chain) for chain in run.chains}
     gaps = sorted({gap for chain_gaps in missing.values() for gap in chain_gaps})
@@ -54,7 +60,7 @@ def build_results(run_dir: Path, *, partial: bool = False) -> Json:
     if gaps and not (partial and whole):
         problem = f"{run_dir} is incomplete; missing: {listed(gaps)}."
         raise IncompleteRunError(problem, "give the run command again to go on")
-    return _Builder(run, whole).results(gaps)
+    return _Builder(run, whole), gaps
 
 
 def write_results(run_dir: Path, *, partial: bool = False) -> Json:
@@ -102,7 +108,7 @@ class _Builder:
         self.run = run
         self.chains = chains
         present = [name for name in run.experiment.methods if any(c.method == name for c in chains)]
-        self.methods = sorted(present, key=self._joint)  # sequences first: they are what is compared
+        self.methods = sorted(present, key=self.joint)  # sequences first: they are what is compared
         names = (*run.experiment.tasks, *run.general)
         first = run.styles[0]
         self.rows = {name: len(run.cell(run.base_eval, name, first).ids) for name in names}
@@ -111,7 +117,7 @@ class _Builder:
 
     def results(self, gaps: list[str]) -> Json:
         experiment, contract = self.run.experiment, self.run.contract()
-        seconds = {name: {c.key: self._train_seconds(c) for c in self._of(name)} for name in self.methods}
+        seconds = {name: {c.key: self._train_seconds(c) for c in self.of(name)} for name in self.methods}
         methods = {name: self._method(name, seconds[name]) for name in self.methods}
         return dict(
             _plain(
@@ -131,20 +137,22 @@ class _Builder:
                     "methods": methods,
                     "explained": explain.relations(methods),
                     "comparisons": self._comparisons(),
-                    "matched": matched(self.run, [c for c in self.chains if not self._joint(c.method)], self.values),
-                    "costs": {name: costs(self.run, self._of(name)) for name in self.methods},
+                    "families": families(self.run, [name for name in self.methods if not self.joint(name)]),
+                    "matched": matched(self.run, [c for c in self.chains if not self.joint(c.method)], self.values),
+                    "costs": {name: costs(self.run, self.of(name)) for name in self.methods},
                     "times": {"train_seconds": seconds},
                 }
             )
         )
 
-    def _of(self, method: str) -> list[Chain]:
+    def of(self, method: str) -> list[Chain]:
+        """The complete chains of a method."""
         return [chain for chain in self.chains if chain.method == method]
 
     def _native(self, method: str) -> str:
         return self.run.experiment.methods[method].style
 
-    def _joint(self, method: str) -> bool:
+    def joint(self, method: str) -> bool:
         """Trained in one stage: it has an average, but nothing to forget."""
         return self.run.experiment.methods[method].joint or len(self.run.experiment.tasks) == 1
 
@@ -194,7 +202,7 @@ class _Builder:
 
     def _block(self, chain: Chain, view: _View) -> Json:
         """Matrix, metrics, flips and null value of one chain in one view."""
-        joint, matrix = self._joint(chain.method), self._matrix(chain, view)
+        joint, matrix = self.joint(chain.method), self._matrix(chain, view)
         block: Json = {"matrix": matrix, **{name: None for name in HEADLINE}}
         block |= {name: float(value) for name, value in self._values(joint, matrix).items()}
         if joint:
@@ -210,7 +218,7 @@ class _Builder:
 
     def _intransigence(self, chain: Chain, matrix: Array, view: _View) -> float | None:
         """Against the mean of the joint method's seeds, both in the view's style; none without a joint method."""
-        joint = [c for c in self.chains if self._joint(c.method)]
+        joint = [c for c in self.chains if self.joint(c.method)]
         if not joint:
             return None
         cells = [self._cells(c, view) for c in joint if c.method == joint[0].method]
@@ -282,7 +290,7 @@ class _Builder:
         """What may explain forgetting, stage by stage."""
         style = self._native(chain.method)
         matrices = {score: self._matrix(chain, _View(style, score)) for score in SCORES}
-        return explain.stages(self.run, chain, matrices, joint=self._joint(chain.method))
+        return explain.stages(self.run, chain, matrices, joint=self.joint(chain.method))
 
     def _train_seconds(self, chain: Chain) -> float | None:
         lines = [line for stage in chain.stages for line in self.run.train_log(stage)]
@@ -291,7 +299,7 @@ class _Builder:
     # --- one method, over its seeds and orders --------------------------------------------------------------------
 
     def _method(self, name: str, seconds: Mapping[str, float | None]) -> Json:
-        method, chains = self.run.experiment.methods[name], self._of(name)
+        method, chains = self.run.experiment.methods[name], self.of(name)
         views = {style: {score: self._summary(chains, style, score) for score in SCORES} for style in self.run.styles}
         return {
             "kind": method.kind,
@@ -300,12 +308,12 @@ class _Builder:
             "lr": method.lr,
             "seeds": {chain.key: self._seed_entry(chain, seconds[chain.key]) for chain in chains},
             "summary": {NATIVE: views[method.style], **views},
-            "losses": {} if self._joint(name) else {s: losses(chains, s, self.values) for s in self.run.styles},
+            "losses": {} if self.joint(name) else {s: losses(chains, s, self.values) for s in self.run.styles},
         }
 
     def _summary(self, chains: Sequence[Chain], style: str, score: str) -> Json:
         """Mean over seeds with two intervals kept apart: over examples (bootstrap) and over seeds (Student)."""
-        view, joint = _View(style, score), self._joint(chains[0].method)
+        view, joint = _View(style, score), self.joint(chains[0].method)
         points = [self._values(joint, self._matrix(chain, view)) for chain in chains]
         drawn = [self._values(joint, self._matrices(chain, view)) for chain in chains]
         summary: Json = {
@@ -341,12 +349,12 @@ class _Builder:
 
     def _comparisons(self) -> list[Json]:
         """Every pair of sequential methods, an RFT arm before an SFT arm: the difference first minus second."""
-        sequential = [name for name in self.methods if not self._joint(name)]
+        sequential = [name for name in self.methods if not self.joint(name)]
         kinds = {name: self.run.experiment.methods[name].kind for name in sequential}
         pairs = []
         for one, other in combinations(sequential, 2):
             first, second = (other, one) if kinds[one] == "sft" and kinds[other] != "sft" else (one, other)
-            mine, theirs = ({chain.key: chain for chain in self._of(name)} for name in (first, second))
+            mine, theirs = ({chain.key: chain for chain in self.of(name)} for name in (first, second))
             shared = [key for key in mine if key in theirs]
             if shared:
                 pairs.append(self._comparison(first, second, [(mine[key], theirs[key]) for key in shared]))

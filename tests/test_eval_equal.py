@@ -138,7 +138,11 @@ def test_the_ledger_adds_up(searched: Path, results: dict[str, Any]) -> None:
 def test_shared_pictures_are_noted_by_row_and_only_where_there_are_any() -> None:
     rows = make_rows("mini_gqa", "test", 5, seed=0)
     assert _shared_pictures(rows) == {}
-    shared = [*rows[:3], replace(rows[3], images=rows[1].images), replace(rows[4], images=(), problem="Which?")]
+    shared = [
+        *rows[:3],
+        replace(rows[3], images=rows[1].images),
+        replace(rows[4], images=(), image_paths=(), problem="Which?"),
+    ]
     assert _shared_pictures(shared) == {"pictures": [0, 1, 2, 1, -5]}
 
 
