@@ -1,18 +1,23 @@
 """How many answers a second the scorers take: short ones of every kind on one core, LaTeX on two with the sandbox on.
 
-Every answer is another text, so nothing comes out of the store of compared pairs. Prints JSON.
+Every answer is another text, so nothing comes out of the store of compared pairs. Medians over the rounds, as JSON. For
+LaTeX two rates are told: on the clock, where other work on the machine counts, and what two cores do that are given to
+it, from the processor time of everything that takes part; starting the workers is in the second and not in the first.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
 from cpt_rft.data.example import Kind
 from cpt_rft.scoring import math_equality, reward, score
 
+CORES = 2
 WORDS = "red green dog cat the a left right yes no table 3 7 42 unanswerable window B C person".split()  # noqa: SIM905
 ROWS: dict[Kind, tuple[str, list[str]]] = {
     "choice": ("B", ["B", "dog"]),
@@ -59,13 +64,22 @@ def time_short(count: int) -> float:
     return time.process_time() - started
 
 
-def time_latex(count: int, judge: math_equality.JudgeName) -> float:
-    """Seconds for `count` pairs, none alike, workers up."""
-    pairs = [SURDS[number % len(SURDS)](2 + number // 7, 3 + number) for number in range(count)]
+def processor_seconds() -> float:
+    """Processor time of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def rate_latex(first: int, count: int, judge: math_equality.JudgeName) -> tuple[float, float]:
+    """Pairs a second, none alike, on the clock with the workers up, and of two cores' processor time, all included."""
+    pairs = [SURDS[number % len(SURDS)](2 + number // 7, 3 + number) for number in range(first, first + count)]
+    before = processor_seconds()
     math_equality.verdicts([("x+1", "1+x")] + [("x+2", f"{number}+x") for number in range(40)], judge)
     started = time.monotonic()
     math_equality.verdicts(pairs, judge)
-    return time.monotonic() - started
+    clock = time.monotonic() - started
+    math_equality.close()
+    return count / clock, CORES * count / (processor_seconds() - before)
 
 
 def main() -> None:
@@ -73,13 +87,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--answers", type=int, default=100_000, help="short answers (default: %(default)s)")
     parser.add_argument("--latex", type=int, default=3_000, help="pairs of LaTeX a library (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    seconds = time_short(arguments.answers)
-    told = {"short_answers": arguments.answers, "seconds": round(seconds, 2)}
+    seconds = statistics.median(time_short(arguments.answers) for _ in range(arguments.rounds))
+    told = {"short_answers": arguments.answers, "seconds": round(seconds, 2), "latex_pairs": arguments.latex}
     for judge in ("math_verify", "mathruler"):
-        elapsed = time_latex(arguments.latex, judge)  # type: ignore[arg-type]
-        told[f"{judge}_pairs_a_second"] = round(arguments.latex / elapsed)
-    print(json.dumps(told | {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}))
+        starts = [arguments.latex * number for number in range(arguments.rounds)]
+        rates = [rate_latex(start, arguments.latex, judge) for start in starts]  # type: ignore[arg-type]
+        told[f"{judge}_pairs_a_second"] = round(statistics.median(clock for clock, _ in rates))
+        told[f"{judge}_pairs_a_second_of_two_cores"] = round(statistics.median(rate for _, rate in rates))
+    told |= {"rounds": arguments.rounds, "cores": os.cpu_count() or 1, "load": round(os.getloadavg()[0], 1)}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ class UserError(Exception):
         return type(self), (self.problem, self.fix)
 
 
+def install_extra(extra: str) -> str:
+    """The fix where an optional part is not installed: what works in a clone, since no package index has the project.
+
+    >>> print(install_extra("math"))
+    run in the folder of this project: pip install -e ".[math]"
+    """
+    return f'run in the folder of this project: pip install -e ".[{extra}]"'
+
+
 class ConfigError(UserError):
     """A key, a value or a file of the configuration is wrong."""
 

@@ -22,10 +22,20 @@ from cpt_rft.engines.local.generate import Completion, generate
 from cpt_rft.errors import DataError
 from cpt_rft.files import sha256_file, write_json_atomic
 from cpt_rft.prompts import Style, target_text, user_text
+from cpt_rft.scoring import Score
 from cpt_rft.seeds import derive_seed
 from eval.contract import Contract, asked_vision, evaluation_contract, fingerprint
 from eval.forced import Forced, teacher_forced
-from eval.records import Record, RecordError, read_records, record_path, refuse_mixed, write_contract, write_records
+from eval.records import (
+    Record,
+    RecordError,
+    read_records,
+    record_of,
+    record_path,
+    refuse_mixed,
+    write_contract,
+    write_records,
+)
 from eval.scorers import score_under
 
 READS_NAME = "reads.json"
@@ -252,51 +262,30 @@ def _record(
     policy: Policy, row: Example, job: Job, number: int, completion: Completion, scorer: Scorer, contract: str
 ) -> Record:
     response = str(policy.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
-    result = score_under(
-        scorer,
-        response,
-        answer=row.answer,
-        references=row.references,
-        kind=row.kind,
-        style=job.style,
-        truncated=completion.finish == "length",
-    )
-    return Record(
-        id=row.id,
-        task=row.task,
+    result = score_under(scorer, response, row, style=job.style, truncated=completion.finish == "length")
+    return record_of(
+        row,
+        result,
         style=job.style,
         sample=number,
         response=response,
         tokens=len(completion.token_ids),
         finish=completion.finish,
-        extracted=result.extracted,
-        strict=result.strict,
-        lenient=result.lenient,
-        format=result.format,
-        status=result.status,
-        answer=row.answer,
-        references=row.references,
-        kind=row.kind,
         contract=contract,
     )
 
 
 def _forced_record(row: Example, job: Job, said: Forced, contract: str) -> Record:
-    return Record(
-        id=row.id,
-        task=row.task,
+    text = said.said.strip().lower()
+    form = 1.0  # the label's own
+    result = Score(said.strict, said.lenient, form, text or None, "answered" if text else "no_answer")
+    return record_of(
+        row,
+        result,
         style=job.style,
         sample=0,
         response=said.said,
         tokens=said.tokens,
         finish="stop",
-        extracted=said.said.strip().lower() or None,
-        strict=said.strict,
-        lenient=said.lenient,
-        format=1.0,  # the label's own
-        status="answered" if said.said.strip() else "no_answer",
-        answer=row.answer,
-        references=row.references,
-        kind=row.kind,
         contract=contract,
     )

@@ -13,18 +13,20 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from cpt_rft.data.example import Kind
+from cpt_rft.data.example import Example, Kind
 from cpt_rft.errors import UserError
 from cpt_rft.files import write_json_atomic, write_text_atomic
-from cpt_rft.prompts import STYLES
+from cpt_rft.prompts import STYLES, Style
+from cpt_rft.scoring import Score
 from eval.contract import Contract, differences, fingerprint
 
 CONTRACTS_FILE = "contracts.json"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 #: Version of the record schema; raised by hand whenever a key is added, removed or given another meaning.
-VERSION = 2
+VERSION = 3
 #: Responses that are counted apart, besides those that were ``answered``.
 COUNTED_APART = ("truncated", "no_answer", "undecodable")
+_LISTS = ("references", "options")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "style": STYLES,
     "finish": ("stop", "length"),
@@ -57,6 +59,7 @@ class Record:
         answer: The label of the row.
         references: Every accepted answer. They stand here, and not only in the data, so that a directory of records
             can be scored again by itself, by exactly what it was scored by.
+        options: The texts of a lettered question, A first; empty where the row has none.
         kind: Answer kind of the row.
         contract: Fingerprint of the evaluation contract.
     """
@@ -75,13 +78,44 @@ class Record:
     status: str
     answer: str
     references: tuple[str, ...]
+    options: tuple[str, ...]
     kind: Kind
     contract: str
 
 
 _PLAIN: dict[str, tuple[type, ...]] = {field.name: (str,) for field in fields(Record)}
-_PLAIN |= {"extracted": (str, NoneType), "references": (tuple,), "sample": (int,), "tokens": (int,)}
+_PLAIN |= {"extracted": (str, NoneType), "sample": (int,), "tokens": (int,)}
+_PLAIN |= dict.fromkeys(_LISTS, (tuple,))
 _PLAIN |= dict.fromkeys(("strict", "lenient", "format"), (int, float))
+
+
+def record_of(
+    row: Example,
+    result: Score,
+    *,
+    style: Style,
+    sample: int,
+    response: str,
+    tokens: int,
+    finish: str,
+    contract: str,
+) -> Record:
+    """The record of a response to a row and of its score, whose fields have the same names in both."""
+    return Record(
+        id=row.id,
+        task=row.task,
+        style=style,
+        sample=sample,
+        response=response,
+        tokens=tokens,
+        finish=finish,
+        **result._asdict(),
+        answer=row.answer,
+        references=row.references,
+        options=row.options,
+        kind=row.kind,
+        contract=contract,
+    )
 
 
 def record_path(directory: Path, task: str, style: str, *, sampled: bool = False) -> Path:
@@ -147,8 +181,9 @@ def _checked(raw: dict[str, Any]) -> Record:
     for what, names in (("no", _PLAIN.keys() - raw.keys()), ("unknown key", raw.keys() - _PLAIN.keys())):
         if names:
             raise ValueError(f"{what} {', '.join(sorted(names))}")
-    if isinstance(raw["references"], list):
-        raw["references"] = tuple(raw["references"])
+    for name in _LISTS:
+        if isinstance(raw[name], list):
+            raw[name] = tuple(raw[name])
     for name, value in raw.items():
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ValueError(f"{name} is {value!r}")

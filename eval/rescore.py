@@ -80,24 +80,9 @@ def _changed(path: Path, contracts: dict[str, Contract], name: str, scorer: Scor
 
 def scored_again(record: Record, scorer: Scorer, contract: str) -> Record:
     """The record under another scorer and its contract."""
-    result = score_under(
-        scorer,
-        record.response,
-        answer=record.answer,
-        references=record.references,
-        kind=record.kind,
-        style=cast(Style, record.style),
-        truncated=record.finish == "length",
-    )
-    return replace(
-        record,
-        extracted=result.extracted,
-        strict=result.strict,
-        lenient=result.lenient,
-        format=result.format,
-        status=result.status,
-        contract=contract,
-    )
+    style = cast(Style, record.style)
+    result = score_under(scorer, record.response, record, style=style, truncated=record.finish == "length")
+    return replace(record, **result._asdict(), contract=contract)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

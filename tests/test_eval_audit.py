@@ -244,7 +244,7 @@ def test_rescoring_takes_nothing_from_the_scores_that_stand_there(evaluated, tmp
 
 
 def spoil_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"version": 2, ', ""))
+    path.write_text(path.read_text().replace('"version": 3, ', ""))
 
 
 def spoil_references(path: Path) -> None:
@@ -255,7 +255,7 @@ def spoil_references(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_version, "line 1 is of record version 1; this program reads version 2"),
+        (spoil_version, "line 1 is of record version 1; this program reads version 3"),
         (spoil_references, r"line 1 is no record .*no references"),
         (lambda path: (path.parent / "contracts.json").unlink(), "no contracts.json explains its contract"),
         (lambda path: [each.unlink() for each in path.parent.glob("*.jsonl")], "holds no records"),

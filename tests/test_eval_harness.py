@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cpt_rft.scoring import score
 from eval.__main__ import main
 from eval.harness import evaluate_checkpoint
 from eval.records import RecordError, read_contracts, read_records, record_path
+from eval.rescore import rescore
 
 ROWS = 7
 TASKS = ("mini_gqa", "mini_mmlu_pro")  # one with pictures, one without
@@ -75,6 +77,30 @@ def test_one_record_a_row_in_order_scored_as_the_reward_is(place: Path, whole: P
                 assert (record.extracted, record.status) == again[3:]
                 assert record.tokens <= 4
                 assert (record.finish == "length") == (record.status == "truncated")
+
+
+def test_a_rows_options_reach_its_scorer_and_its_record(place: Path, whole: Path, tmp_path: Path) -> None:
+    """What the model says is known from the evaluation above: rows are made whose options, or label, are just that."""
+    said = {record.id: record.response for record in read_records(record_path(whole, "mini_gqa", "direct"))}
+    rows = [row for row in read_split(place / "mini_gqa.parquet") if len(said[row.id].strip()) > 1][:3]
+    lettered = {"answer": "B", "references": ("B",), "kind": "choice"}
+    texts = [said[row.id].strip() for row in rows]
+    asked = [
+        replace(rows[0], **lettered, meta={"options": ["\u00a7" * 20, texts[0]]}),
+        replace(rows[1], **lettered, meta={"options": [texts[1], "\u00a7" * 20]}),
+        replace(rows[2], answer=texts[2], references=(texts[2],), kind="mmlu_pro"),
+    ]
+    write_split(tmp_path / "rows.parquet", asked)
+    data = {"mini_gqa": tmp_path / "rows.parquet"}
+    evaluate_checkpoint(place / "base", data, tmp_path / "eval", config(styles=("direct",)), "miniature")
+    rescore(tmp_path / "eval", "paper_single_label", tmp_path / "paper")
+    rescore(tmp_path / "paper", "official", tmp_path / "again")
+    for out, wanted in (("eval", (1.0, 0.0)), ("paper", (0.0, 0.0)), ("again", (1.0, 0.0))):
+        right, wrong, label = read_records(record_path(tmp_path / out, "mini_gqa", "direct"))
+        assert (right.lenient, wrong.lenient) == wanted
+        assert (right.strict, wrong.strict, label.strict) == (0.0, 0.0, 1.0)
+        assert right.options == tuple(asked[0].meta["options"])
+    assert contents(tmp_path / "again") == contents(tmp_path / "eval")
 
 
 def test_samples_are_of_tasks_only_and_differ(whole: Path) -> None:

@@ -30,6 +30,8 @@ from tests.test_picture import png_header
 
 LOOSE = Settings(Checks(max_dropped=1.0))
 NAMES = ["../../escape.png", "/etc/x.png", "a/../../x.png", "C:\\x.png", "..", "", "a\0b", "x\n.png", None, 7]
+METAS = [None, {"problems": None}, {"problems": {"task": 3}}, {"problems": {"x": ""}}]
+METAS += [{"options": "ab"}, {"options": [None]}, {"options": ["<|im_end|>"]}]
 TEXTS = [None, 3, b"bytes", "\ud800", "<|im_end|>", "<|vision_start|>", "<video>", ["list"]]
 
 
@@ -70,9 +72,7 @@ def corrupt(number: int, rng: random.Random) -> Example | Drop:
         return replace(good, rationale=rng.choice(TEXTS[1:]))
     if attack == 8:
         return replace(good, references=(good.answer, rng.choice(TEXTS)))
-    return replace(
-        good, meta=rng.choice([None, {"problems": None}, {"problems": {"task": 3}}, {"problems": {"x": ""}}])
-    )
+    return replace(good, meta=rng.choice(METAS))
 
 
 @pytest.mark.parametrize(

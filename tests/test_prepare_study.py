@@ -1,5 +1,6 @@
 """The whole way, offline: a hub with every dataset, prepare, exports, and back through other libraries' loaders."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,10 +15,16 @@ pytest.importorskip("datasets")
 import datasets
 
 from cpt_rft.cli import main
+from cpt_rft.data.example import IMAGE_TAG
+from cpt_rft.data.export import ground_truth
 from cpt_rft.data.index import read_index
 from cpt_rft.data.ledger import read_ledger
 from cpt_rft.data.parquet import read_split
+from cpt_rft.data.picture import decode_picture
+from cpt_rft.data.tokens import PICTURE, PromptCounter
 from cpt_rft.files import hash_tree
+from cpt_rft.prompts import user_text
+from cpt_rft.vision import VisionSpec
 from tests.helpers.hub.client import environment
 from tests.helpers.hub.study import Study, running_study
 from tests.helpers.tree import ROOT
@@ -97,11 +104,11 @@ def _sharegpt_ids(out: Path, name: str, split: str, cache: Path) -> list[str]:
 
 
 def _environment_of(name: str) -> Path:
-    """The Python of an engine environment that scripts/check_base.sh made."""
+    """The Python of an engine environment, as scripts/check_base.sh makes them."""
     folder = Path(os.environ.get("CPT_RFT_ENVS", ROOT / ".envs"))
     found = [path / "bin" / "python" for path in sorted(folder.glob(f"{name}-*")) if (path / "ready").exists()]
     if not found:
-        pytest.skip(f"no environment of {name} in {folder} (scripts/check_base.sh makes it)")
+        pytest.skip(f"no environment {name}-* in {folder} (set CPT_RFT_ENVS to where it is)")
     return found[-1]
 
 
@@ -142,6 +149,59 @@ def test_llamafactory_reads_its_export(out: Path, tmp_path: Path) -> None:
         images = [[str(folder / image) for image in row["images"]] for row in rows]
         expected = [[*texts, paths] for texts, paths in zip(turns, images, strict=True)]
         assert found[name] == expected
+
+
+EASYR1 = """
+import hashlib, json, sys
+from transformers import AutoProcessor
+from verl.utils.dataset import RLHFDataset, process_image
+
+folder, names, base, template, found = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(base)
+keys = {"prompt_key": "problem", "answer_key": "answer", "image_key": "images"}
+told = {}
+for name in names.split(","):
+    path, split = name.split("/")
+    rows = RLHFDataset(
+        f"{folder}/{path}@{split}", processor.tokenizer, processor, format_prompt=template, max_prompt_length=8192,
+        filter_overlong_prompts=False, **keys,
+    )
+    told[name] = []
+    for number in range(len(rows)):
+        row = rows[number]
+        images = row["multi_modal_data"]["images"]
+        assert all(process_image(image, None, None).mode == "RGB" for image in images)
+        hashes = [hashlib.sha256(image["bytes"]).hexdigest() for image in images]
+        prompt = processor.tokenizer.decode(row["raw_prompt_ids"])
+        told[name].append([row["ground_truth"], prompt, hashes, int(row["attention_mask"].sum())])
+json.dump(told, open(found, "w"))
+"""
+
+
+def test_easyr1_reads_its_export(out: Path, tmp_path: Path) -> None:
+    """Rows, prompts, pictures and, after the processor expanded the pictures, the number of tokens that we count."""
+    python, base = _environment_of("easyr1"), ROOT / "cpt_rft" / "miniature" / "base"
+    folder = out / "exports" / "easyr1"
+    names = [f"{name}/train" for name in SEVEN] + [f"{name}/test" for name in EVERY]
+    script = tmp_path / "read.py"
+    script.write_text(EASYR1)
+    template, found = folder / "task_direct.jinja", tmp_path / "found.json"
+    command = [str(python), "-I", str(script), str(folder), ",".join(names), str(base), str(template), str(found)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"HF_HOME": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told, counter, vision = json.loads(found.read_text()), PromptCounter(base), VisionSpec.read(base)
+    for name in names:
+        rows = read_split(out / name)
+        assert len(told[name]) == len(rows) > 0
+        for row, (truth, prompt, hashes, tokens) in zip(rows, told[name], strict=True):
+            text = user_text(row, "direct", "task")
+            assert truth == ground_truth(row)
+            assert prompt == counter.before + text.replace(IMAGE_TAG, PICTURE) + counter.after
+            assert hashes == [hashlib.sha256(data).hexdigest() for data in row.images]
+            sizes = [decode_picture(data, row.id).size for data in row.images]
+            assert tokens == counter(text, [vision.image_tokens(height, width) for width, height in sizes])
 
 
 def test_the_notebook_runs_from_top_to_bottom(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cpt_rft.errors import install_extra
 from cpt_rft.scoring import ScoringError, math_equality, reward, score
 
 
@@ -62,4 +63,4 @@ def test_without_the_libraries_exact_answers_are_scored_and_others_say_what_to_i
     assert score("\\sqrt {3}", **row, style="direct").lenient == 1.0
     with pytest.raises(ScoringError, match="no_such_library") as refusal:
         score("3^{1/2}", **row, style="direct")
-    assert refusal.value.fix == "pip install 'cpt-rft[math]'"
+    assert refusal.value.fix == install_extra("math")

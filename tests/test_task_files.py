@@ -219,7 +219,7 @@ def test_task_files_load_without_the_extra_and_rows_say_what_they_need(study, mo
     code = "import sys, cpt_rft.tasks.table, cpt_rft.tasks.vizwiz; assert not {'datasets', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"need the package datasets.*pip install 'cpt-rft\[data\]'"):
+    with pytest.raises(DataError, match=r'need the package datasets.*pip install -e "\.\[data\]"'):
         study.rows("pope", "test")
 
 

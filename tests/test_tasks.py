@@ -62,7 +62,7 @@ def test_scienceqa_uses_the_rows_with_a_picture(study):
         "<image>\nContext: Hint 0.\nWhich animal 0?\nA. cat\nB. dog\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert (first.answer, first.references, first.kind) == ("A", ("A", "cat"), "choice")
+    assert (first.answer, first.references, first.kind, first.options) == ("A", ("A", "cat"), "choice", ("cat", "dog"))
     assert (first.rationale, first.rationale_source) == ("It barks 0.", "dataset")
     assert third.problem.startswith("<image>\nWhich animal 2?")
     assert (used(found)[2].rationale, used(found)[2].rationale_source) == (None, None)
@@ -76,8 +76,8 @@ def test_textvqa_teaches_the_majority_and_keeps_all_answers(study):
         "<image>\nwhat brand is 1000?\nReference OCR token:NOUS,7\nAnswer the question using a single word or phrase."
     )
     assert row.answer == "nous"
-    assert row.references == ("nous", "Nous", "knous", "nou s", "unanswerable")
-    assert len(row.meta["answers"]) == 10
+    assert (row.kind, len(row.references)) == ("vqa", 10)
+    assert set(row.references) == {"nous", "Nous", "knous", "nou s", "unanswerable"}
 
 
 def test_textvqa_test_split_has_no_answers(study):
@@ -90,7 +90,8 @@ def test_vizwiz_trains_on_the_site_and_tests_on_the_hub(study):
     assert dropped(found) == {"picture_missing": 1, "answer_empty": 1}
     row = used(found)[0]
     assert (row.id, row.answer) == ("vizwiz/train/VizWiz_train_00000000", "grey")
-    assert row.references == ("grey", "gray", "unsuitable")
+    assert (row.kind, set(row.references)) == ("vqa", {"grey", "gray", "unsuitable"})
+    assert row.references.count("grey") > 1
     assert row.images[0] == sets.picture(5000, form="JPEG")["bytes"]
     test = used(study.rows("vizwiz", "test"))
     assert [row.answer for row in test] == ["unanswerable"] * 6
@@ -179,7 +180,9 @@ def test_mmmu_puts_every_picture_where_it_is_named(study):
     found = used(study.rows("mmmu", "test"))
     assert found[1].problem.startswith("Which plot fits?\nA. <image>\nB. <image>\nC. none\nAnswer with")
     assert found[1].images == tuple(sets.picture(10 + k)["bytes"] for k in (1, 2))
+    assert (found[1].kind, len(found[1].options)) == ("mmmu_choice", 3)
     assert (found[2].answer, found[2].references) == ("sonata", ("sonata", "the sonata"))
+    assert (found[2].kind, found[2].options) == ("mmmu_open", ())
     assert found[2].problem.endswith("Answer the question using a single word or phrase.")
     assert found[3].problem.startswith("<image>What is shown?")
     assert found[4].problem.startswith("<image><image> How much?")  # the first is named nowhere
@@ -195,6 +198,7 @@ def test_mmlu_pro_leaves_padding_out(study):
     assert row.problem.count("\n") == 8
     assert "N/A" not in row.problem
     assert (row.answer, row.references, row.meta["category"]) == ("B", ("B", "option 1"), "law")
+    assert (row.kind, len(row.options), row.options[1]) == ("mmlu_pro", row.problem.count("\n") - 1, "option 1")
 
 
 def test_pope_is_yes_or_no(study):

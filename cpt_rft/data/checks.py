@@ -194,11 +194,15 @@ def prompts_of(row: Example) -> list[str]:
 def text_fault(row: Example) -> tuple[Reason, str] | None:
     """What is wrong with the texts, the names and the types of a row, or none."""
     wordings = row.meta.get("problems", {}) if isinstance(row.meta, dict) else None
+    options = row.meta.get("options", []) if isinstance(row.meta, dict) else []
     texts = {"id": row.id, "problem": row.problem, "answer": row.answer, "rationale": row.rationale or ""}
     if not isinstance(wordings, dict) or not set(wordings) <= set(PRESETS):
         return Reason.ROW_MALFORMED, "meta['problems'] does not name presets"
     texts |= {f"problem of preset {name}": text for name, text in wordings.items()}
     texts |= {f"reference {number}": text for number, text in enumerate(row.references, 1)}
+    if not isinstance(options, list):
+        return Reason.ROW_MALFORMED, "meta['options'] is no list"
+    texts |= {f"option {number}": text for number, text in enumerate(options, 1)}
     for name, text in texts.items():
         if not isinstance(text, str) or not _is_unicode(text):
             return Reason.ROW_MALFORMED, f"{name} is no text"

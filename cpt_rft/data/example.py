@@ -28,7 +28,7 @@ class Example:
         rationale: A text that leads to the answer, or none.
         rationale_source: ``dataset``, ``drawn`` or the checkpoint that wrote it; none without a rationale.
         kind: How answers compare (``cpt_rft.scoring``).
-        meta: Anything else, JSON-serialisable.
+        meta: Anything else, JSON-serialisable; ``options``, the texts of a lettered question, A first, is for scoring.
     """
 
     id: str
@@ -43,6 +43,11 @@ class Example:
     rationale: str | None = None
     rationale_source: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The texts of a lettered question, A first; none where the row has no list of them."""
+        return tuple(self.meta.get("options", ()))
 
     def __post_init__(self) -> None:
         if not self.answer.strip():

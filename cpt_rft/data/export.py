@@ -71,6 +71,7 @@ def ground_truth(row: Example) -> str:
     '{"answer": "2", "id": "a/test/1", "kind": "number", "references": ["2", "two"], "task": "a"}'
     """
     known = {"id": row.id, "task": row.task, "kind": row.kind, "answer": row.answer, "references": row.references}
+    known |= {"options": row.options} if row.options else {}
     return json.dumps(known, sort_keys=True, ensure_ascii=False)
 
 

@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Any
 
-from cpt_rft.errors import DataError
+from cpt_rft.errors import DataError, install_extra
 
 
 def need_data_extra() -> tuple[ModuleType, ModuleType]:
@@ -16,7 +16,7 @@ def need_data_extra() -> tuple[ModuleType, ModuleType]:
         import datasets
         import huggingface_hub
     except ImportError as error:
-        raise DataError(f"Real datasets need the package {error.name}.", "run: pip install 'cpt-rft[data]'") from error
+        raise DataError(f"Real datasets need the package {error.name}.", install_extra("data")) from error
     return datasets, huggingface_hub
 
 

@@ -12,7 +12,7 @@ from cpt_rft.files import read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 _SENTINEL = "\u0001problem\u0001"
 
 
@@ -36,7 +36,7 @@ class PromptCounter:
             text: The user turn with one ``<image>`` tag a picture.
             pictures: Vision tokens of each picture.
         """
-        rendered = self.before + text.replace(IMAGE_TAG, _PICTURE) + self.after
+        rendered = self.before + text.replace(IMAGE_TAG, PICTURE) + self.after
         found = len(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
         return found + sum(pictures) - len(pictures)  # each picture had one pad already
 

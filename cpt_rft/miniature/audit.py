@@ -71,6 +71,7 @@ def measure(policy: Policy, rows: Sequence[Example], style: Style, preset: str, 
                 kind=row.kind,
                 style=style,
                 truncated=completion.finish == "length",
+                options=row.options,
             )
             for completion in group
         ]

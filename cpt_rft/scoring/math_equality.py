@@ -25,6 +25,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cpt_rft.errors import install_extra
 from cpt_rft.scoring.errors import ScoringError
 
 JudgeName = Literal["math_verify", "mathruler"]
@@ -273,7 +274,7 @@ class _Pool:
     def _compute(self, pairs: list[Pair], judge: JudgeName) -> list[bool | None]:
         if not all(importlib.util.find_spec(name) for name in NEEDED):
             raise ScoringError(
-                "Comparing mathematics needs the packages " + ", ".join(NEEDED) + ".", "pip install 'cpt-rft[math]'"
+                "Comparing mathematics needs the packages " + ", ".join(NEEDED) + ".", install_extra("math")
             )
         parts = [pairs[start : start + PAIRS_A_MESSAGE] for start in range(0, len(pairs), PAIRS_A_MESSAGE)]
         if len(parts) == 1:

@@ -28,6 +28,7 @@ CPU_SECONDS = 0.25
 KILL_SECONDS = 0.4
 REPEAT_SECONDS = 0.05  # the libraries catch every exception, so the alarm rings until they are out
 MEMORY_BYTES = 1 << 30
+GARBAGE = 20_000  # objects between two collections; a pair makes thousands, and a tenth of its time went into looking
 DESCRIPTORS = 16
 OVER, BROKEN, RETIRE = 0, 1, 2  # exit codes of a fork: no more input, a line that is none, others' turn
 # Every fork starts with what these have made the libraries import and store.
@@ -69,6 +70,7 @@ def main() -> None:
             judge(candidate, reference)
     gc.collect()
     gc.freeze()  # what is there stays shared between the forks
+    gc.set_threshold(GARBAGE)
     while True:
         pid = os.fork()
         if pid == 0:

@@ -268,6 +268,10 @@ class Task(ABC):
             return Drop(row_id, split, Reason.IMAGE_TAGS, f"{sorted(tags)} tags for {len(raw.pictures)} pictures")
         problem = problems[DEFAULT_PRESET]
         others = {preset: text for preset, text in problems.items() if text != problem}
+        kind = raw.kind or self.config.kind
+        references = tuple(text for text in raw.references if text.strip())
+        if kind != "vqa" or raw.answer not in references:  # there, repeats count
+            references = tuple(dict.fromkeys((raw.answer, *references)))
         return Example(
             id=row_id,
             task=self.config.name,
@@ -276,8 +280,8 @@ class Task(ABC):
             image_paths=tuple(picture_path(picture) for picture in raw.pictures),
             problem=problem,
             answer=raw.answer,
-            references=tuple(dict.fromkeys((raw.answer, *(text for text in raw.references if text.strip())))),
-            kind=raw.kind or self.config.kind,
+            references=references,
+            kind=kind,
             rationale=raw.rationale,
             rationale_source="dataset" if raw.rationale else None,
             meta=dict(raw.meta) | ({"problems": others} if others else {}),

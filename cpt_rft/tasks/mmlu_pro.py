@@ -32,5 +32,5 @@ class Reader(TableTask):
             fields={"question": text_of(raw["question"]), "options": lettered(options)},
             answer=answer,
             references=(options[index],),
-            meta={"category": text_of(raw["category"])},
+            meta={"category": text_of(raw["category"]), "options": options},
         )

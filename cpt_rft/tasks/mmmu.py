@@ -39,10 +39,11 @@ class Reader(TableTask):
             if answer not in LETTERS[: len(options)] or not answer:
                 raise ValueError(f"answer {answer!r} of {len(options)} options")
             fields["instruction"] = _CLOSED
-            return Raw(pictures, fields, answer, (options[LETTERS.index(answer)],), "choice", meta=meta)
+            right = options[LETTERS.index(answer)]
+            return Raw(pictures, fields, answer, (right,), "mmmu_choice", meta=meta | {"options": options})
         fields["instruction"] = _OPEN
         golds = [str(gold).strip() for gold in _literal_list(answer)] if answer.startswith("[") else [answer]
-        return Raw(pictures, fields, golds[0] if golds else "", tuple(golds), "short_text", meta=meta)
+        return Raw(pictures, fields, golds[0] if golds else "", tuple(golds), "mmmu_open", meta=meta)
 
 
 def _literal_list(text: str) -> list[Any]:

@@ -32,6 +32,7 @@ class Reader(TableTask):
             answer=LETTERS[index],
             references=(choices[index],),
             rationale=text_of(raw["solution"] or "") or None,
+            meta={"options": choices},
         )
 
 

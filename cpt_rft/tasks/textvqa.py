@@ -26,5 +26,5 @@ class Reader(TableTask):
             fields={"question": text_of(raw["question"]), "ocr_line": f"Reference OCR token:{tokens}\n"},
             answer=majority(answers),
             references=tuple(answers),
-            meta={"answers": answers, "image_id": raw.get("image_id")},
+            meta={"image_id": raw.get("image_id")},
         )

@@ -39,13 +39,12 @@ class Reader(TableTask):
     def read(self, raw: Mapping[str, Any]) -> Raw:
         """Some training answers are empty strings: they are no answers."""
         answers = [answer for answer in map(text_of, raw["answers"] or []) if answer]
-        meta = {"answers": answers} | ({"category": raw["category"]} if raw.get("category") else {})
         return Raw(
             pictures=(picture_bytes(raw["image"]),),
             fields={"question": text_of(raw["question"])},
             answer=majority(answers),
             references=tuple(answers),
-            meta=meta,
+            meta={"category": raw["category"]} if raw.get("category") else {},
         )
 
     def source(self, cache: Path) -> Source:

@@ -18,7 +18,7 @@ from cpt_rft.prompts import Style
 from cpt_rft.scoring import score
 from cpt_rft.seeds import python_random
 from eval.contract import evaluation_contract
-from eval.records import Record, record_path, write_contract, write_records
+from eval.records import Record, record_of, record_path, write_contract, write_records
 
 TASKS = ("mini_scienceqa", "mini_textvqa", "mini_vizwiz", "mini_gqa")
 GENERAL = ("mini_mmmu", "mini_mmlu_pro")
@@ -194,21 +194,13 @@ class _Writer:
         result = score(
             response, answer=row.answer, references=row.references, kind=row.kind, style=style, truncated=truncated
         )
-        return Record(
-            id=row.id,
-            task=row.task,
+        return record_of(
+            row,
+            result,
             style=style,
             sample=sample,
             response=response,
             tokens=len(response.split()) + 1,
             finish="length" if truncated else "stop",
-            extracted=result.extracted,
-            strict=result.strict,
-            lenient=result.lenient,
-            format=result.format,
-            status=result.status,
-            answer=row.answer,
-            references=row.references,
-            kind=row.kind,
             contract=contract,
         )

@@ -129,6 +129,7 @@ class GrpoObjective:
             kind=row.kind,
             style=self.method.style,
             truncated=completion.finish == "length",
+            options=row.options,
         )
 
     def _prompts(self, rows: Sequence[Example]) -> list[EncodedPrompt]:
