@@ -3,7 +3,7 @@
 A verdict needs the whole interval, the wider of that over examples and that over seeds, so that a lucky sample is no
 reproduction. ``reproduced``: the sign is settled and the paper's number lies within the interval. ``direction only``:
 the sign is settled and the paper's, the number is not. ``not``: anything else. Where the claim is that nothing
-changes, ``reproduced`` needs the interval within `SMALL` points of zero, and ``direction only`` that it holds zero.
+changes, ``reproduced`` needs the interval within `SMALL` points of zero, and ``direction only`` the number alone.
 """
 
 import json
@@ -26,17 +26,17 @@ def paper_claims() -> list[Json]:
     return [dict(claim) for claim in json.loads(text)]
 
 
-def judge(value: float, interval: Sequence[float], *, nothing: bool = False) -> Verdict:
-    """The verdict on a number of the paper, given our interval.
+def judge(value: float, ours: float, interval: Sequence[float], *, nothing: bool = False) -> Verdict:
+    """The verdict on a number of the paper, given ours and its interval.
 
-    >>> judge(8.1, (2.0, 9.0)), judge(8.1, (2.0, 5.0)), judge(8.1, (-1.0, 9.0)), judge(8.1, (-5.0, -2.0))
-    ('reproduced', 'direction only', 'not', 'not')
-    >>> [judge(0.5, span, nothing=True) for span in ((-1.0, 2.0), (-1.0, 7.0), (1.0, 7.0))]
+    >>> [judge(8.1, 3.0, span) for span in ((2.0, 9.0), (2.0, 5.0), (-1.0, 9.0))]
+    ['reproduced', 'direction only', 'not']
+    >>> [judge(0.5, ours, (ours - 2, ours + 2), nothing=True) for ours in (0.9, 2.0, 4.0)]
     ['reproduced', 'direction only', 'not']
     """
     low, high = interval
     if nothing:
-        return "reproduced" if low >= -SMALL and high <= SMALL else "direction only" if low <= 0 <= high else "not"
+        return "reproduced" if low >= -SMALL and high <= SMALL else "direction only" if abs(ours) <= SMALL else "not"
     if low <= 0 <= high or (low > 0) != (value > 0):
         return "not"
     return "reproduced" if low <= value <= high else "direction only"
@@ -56,7 +56,7 @@ def claims(results: Json) -> list[Json]:
         entry = {**claim, "ours": None, "interval": None, "verdict": "not run"}
         if ours is not None:
             value, interval = ours
-            verdict = judge(claim["value"], interval, nothing=bool(claim.get("none")))
+            verdict = judge(claim["value"], value, interval, nothing=bool(claim.get("none")))
             entry |= {"ours": value, "interval": interval, "verdict": verdict}
         found.append(entry)
     return found

@@ -82,6 +82,8 @@ def matched(run: Run, chains: Sequence[Chain], values: Values) -> list[Json]:
         kinds = [run.experiment.methods[several[label][0]].kind for label in (one, other)]
         first, second = (other, one) if kinds[0] == "sft" != kinds[1] else (one, other)
         for on, place in places.items():
+            if on == "tokens" and not all(place.values()):
+                continue  # not every log counts them
             curves = [_curve(run, several[label], place) for label in (first, second)]
             entries.append({"first": first, "second": second, "on": on, **_entry(curves, found)})
     return entries

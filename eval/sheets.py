@@ -30,7 +30,7 @@ def claims_sheet(results: Json) -> Sheet:
         "Points; native prompt style, strict score. The paper's numbers are of 7B on real tasks; their sources stand in"
         " eval/report/paper.json. Reproduced: our 95 % interval (the wider of examples and seeds) holds the paper's"
         " number and not zero; direction only: the sign is the paper's, the number is not. Where nothing is claimed to"
-        " change: the interval is within 3 points of zero; holds zero."
+        " change: the whole interval is within 3 points of zero; our number alone is."
     )
     return Sheet("Claims of the paper", heads, claims.rows(results), 3, note)
 

@@ -48,12 +48,12 @@ def test_the_papers_numbers_are_data_with_a_source() -> None:
 
 
 def test_a_verdict_takes_the_whole_interval() -> None:
-    assert judge(-10.4, (-12.0, -9.0)) == "reproduced"
-    assert judge(-10.4, (-9.0, -1.0)) == "direction only"
-    assert judge(-10.4, (-12.0, 0.5)) == judge(-10.4, (9.0, 12.0)) == "not"
-    assert judge(0.6, (-2.9, 2.9), nothing=True) == "reproduced"
-    assert judge(0.6, (-4.0, 2.9), nothing=True) == "direction only"
-    assert judge(0.6, (0.5, 4.0), nothing=True) == "not"
+    assert judge(-10.4, -10.0, (-12.0, -9.0)) == "reproduced"
+    assert judge(-10.4, -4.0, (-9.0, -1.0)) == "direction only"
+    assert judge(-10.4, -6.0, (-12.0, 0.5)) == judge(-10.4, 10.0, (9.0, 12.0)) == "not"
+    assert judge(0.6, 0.0, (-2.9, 2.9), nothing=True) == "reproduced"
+    assert judge(0.6, -0.5, (-4.0, 2.9), nothing=True) == "direction only"
+    assert judge(0.6, -3.2, (-6.5, 0.1), nothing=True) == "not"
     assert wider({"examples": [-2.0, 1.0], "seeds": [-1.0, 3.0]}) == [-2.0, 3.0]
     assert wider({"examples": [-2.0, 1.0], "seeds": None}) == [-2.0, 1.0]
 
