@@ -116,13 +116,35 @@ def verify_checkpoint(directory: Path) -> None:
     for name in _REQUIRED:
         _read_json(directory / name)
     VisionSpec.read(directory)
-    wanted = _wanted(directory)
-    _check_names(directory, dict(_stored(directory)), wanted)
+    verify_weights(directory)
     for path in _weight_files(directory):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 if not torch.isfinite(file.get_tensor(name)).all():
                     raise CheckpointError(f"{path}: weight {name} is not finite.", _FIX)
+
+
+def verify_weights(directory: Path) -> None:
+    """Check from the headers alone that the weight files are whole and are those of the configuration.
+
+    Raises:
+        CheckpointError: The first thing that is wrong, with its file.
+    """
+    _check_names(directory, dict(_stored(directory)), _wanted(directory))
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Released name and shape of every stored weight, from the headers of the files alone.
+
+    Raises:
+        CheckpointError: A file is missing or truncated.
+    """
+    return dict(_stored(directory))
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file of a checkpoint holds weights, or says which file holds which."""
+    return path.name == _INDEX or path.suffix in {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def save_checkpoint(weights: Policy | Mapping[str, Tensor], directory: Path, *, source: Path) -> None:
@@ -144,7 +166,7 @@ def save_checkpoint(weights: Policy | Mapping[str, Tensor], directory: Path, *, 
     _check_names(directory, {name: tuple(weight.shape) for name, weight in named.items()}, shapes)
     with fresh_directory(directory) as partial:
         for path in sorted(source.iterdir()):
-            if path.is_file() and not _is_weight_file(path):
+            if path.is_file() and not is_weight_file(path):
                 shutil.copyfile(path, partial / path.name)
         write_weights(partial / "model.safetensors", named)
 
@@ -301,10 +323,6 @@ def _weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory / name} is missing.", _FIX)
     return [directory / name for name in names]
-
-
-def _is_weight_file(path: Path) -> bool:
-    return path.name == _INDEX or path.suffix in {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add(verbs, "plan", _plan, "print every stage with its parent, rows, steps and tokens, and the disk space needed")
+    _add(verbs, "doctor", _doctor, "look for what would stop a run, and say what to do about it")
     _add(verbs, "run", _run, "do everything that is not done yet: prepare, train, score, report")
     _add(verbs, "status", _status, "where every stage stands")
     _add(verbs, "report", _report, "write results.json and report.html from the records, print the table")
@@ -137,7 +138,7 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         child.add_argument("task", nargs=None if stage == "required" else "?", help="a task, or 'multitask'")
         child.add_argument("--seed", type=int, help="training seed (default: the first)")
         child.add_argument("--order", type=int, default=0, help="number of the task order (default: 0)")
-    elif name in ("plan", "run", "status", "drift"):
+    elif name in ("plan", "doctor", "run", "status", "drift"):
         child.add_argument("--method", action="append", default=[], help="only this method (may be repeated)")
         child.add_argument("--seed", action="append", type=int, default=[], help="only this seed (may be repeated)")
         child.add_argument(
@@ -153,7 +154,7 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         )
     if name == "status":
         child.add_argument("--verify", action="store_true", help="read and hash every file")
-    if name in ("plan", "status"):
+    if name in ("plan", "doctor", "status"):
         child.add_argument("--json", action="store_true", help="print JSON")
     child.add_argument("--debug", action="store_true", help="show the traceback of an error")
     child.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change keys of the experiment (see below)")
@@ -198,6 +199,19 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(plan(experiment, selection), indent=2))
     else:
         _print(*plan_table(plan(experiment, selection)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cpt_rft.sequence.doctor import as_json, examine
+
+    findings = examine(_experiment(options, options.method), _selection(options))
+    if options.json:
+        print(json.dumps(as_json(findings), indent=2))
+    else:
+        for finding in findings:
+            fix = f" Fix: {finding.fix}" if finding.fix else ""
+            print(f"{finding.word:8}{finding.what}: {finding.text}{fix}")
+    return 2 if any(finding.word == "problem" for finding in findings) else 0
 
 
 def _run(options: argparse.Namespace) -> None:

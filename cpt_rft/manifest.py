@@ -147,7 +147,15 @@ def code_sha256() -> str:
     return sha256_json(sources)
 
 
-def make_provenance(checkpoint: Path, *, code: str, started: float, train_seconds: float, parent_sha256: str) -> Json:
+def make_provenance(
+    checkpoint: Path,
+    *,
+    code: str,
+    started: float,
+    train_seconds: float,
+    parent_sha256: str,
+    artefacts: Path | None = None,
+) -> Json:
     """How the stage came about; its checkpoint must be complete.
 
     Args:
@@ -156,9 +164,11 @@ def make_provenance(checkpoint: Path, *, code: str, started: float, train_second
         started: Time of the stage's first start, in seconds since the epoch.
         train_seconds: Seconds of training steps, over all resumes.
         parent_sha256: Hash of the checkpoint that it started from.
+        artefacts: Directory of what it leaves for later stages besides; recorded if it is there.
     """
     now = code_sha256()
-    return {
+    left = hash_tree(artefacts) if artefacts is not None else {}
+    provenance = {
         "code": code if code == now else f"{code}+{now}",
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "host": {
@@ -173,6 +183,7 @@ def make_provenance(checkpoint: Path, *, code: str, started: float, train_second
         "parent_sha256": parent_sha256,
         "files": {name: list(record) for name, record in hash_tree(checkpoint).items()},
     }
+    return provenance | ({"artefacts": {name: list(record) for name, record in left.items()}} if left else {})
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -205,7 +205,7 @@ def _pairs(methods: Mapping[str, Json], cause: Cause, score: str) -> list[tuple[
     return chains
 
 
-def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+def spearman(pairs: Sequence[tuple[float, float]] | Array) -> float | None:
     """Spearman's rank correlation; none for few points, or where one side is all alike.
 
     >>> spearman([(1, 5), (2, 4), (3, 3), (4, 2), (5, 0)])
@@ -213,10 +213,10 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     """
     if len(pairs) < MIN_POINTS:
         return None
-    x, y = stats.rankdata(np.array(pairs), axis=0).T
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return round(float(np.corrcoef(x, y)[0, 1]), 12)
+    ranks = stats.rankdata(pairs, axis=0)
+    centred = ranks - ranks.mean(axis=0)
+    x, y = np.sqrt((centred**2).sum(axis=0))
+    return round(float(centred[:, 0] @ centred[:, 1] / (x * y)), 12) if x and y else None
 
 
 def interval(chains: Sequence[Sequence[tuple[float, float]]], *path: str) -> list[float] | None:
@@ -229,8 +229,10 @@ def interval(chains: Sequence[Sequence[tuple[float, float]]], *path: str) -> lis
     if len(chains) < MIN_CHAINS:
         return None
 
-    def statistic(places: Array) -> float:
-        value = spearman([pair for place in places for pair in chains[int(place)]])
+    arrays = [np.array(pairs) for pairs in chains]
+
+    def statistic(places: NDArray[np.int_]) -> float:
+        value = spearman(np.concatenate([arrays[place] for place in places]))
         return 0.0 if value is None else value
 
     found = stats.bootstrap(

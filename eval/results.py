@@ -304,6 +304,7 @@ class _Builder:
         return {
             "kind": method.kind,
             "joint": method.joint,
+            **({"task_id_oracle": True} if method.adapter_per_task else {}),
             "train_style": method.style,
             "lr": method.lr,
             "seeds": {chain.key: self._seed_entry(chain, seconds[chain.key]) for chain in chains},
@@ -348,8 +349,12 @@ class _Builder:
     # --- two methods ----------------------------------------------------------------------------------------------
 
     def _comparisons(self) -> list[Json]:
-        """Every pair of sequential methods, an RFT arm before an SFT arm: the difference first minus second."""
-        sequential = [name for name in self.methods if not self.joint(name)]
+        """Every pair of sequential methods, an RFT arm before an SFT arm: the difference first minus second.
+
+        A task-id oracle is in none: it is told what the others are not.
+        """
+        methods = self.run.experiment.methods
+        sequential = [name for name in self.methods if not self.joint(name) and not methods[name].adapter_per_task]
         kinds = {name: self.run.experiment.methods[name].kind for name in sequential}
         pairs = []
         for one, other in combinations(sequential, 2):

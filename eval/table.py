@@ -124,13 +124,20 @@ def arms_sheet(results: Json) -> Sheet:
             for score in SCORES:
                 part = method["summary"][style][score]
                 label = f"{style}, native" if style == native else style
-                rows.append((name, label, SCORE_NAMES[score], *_arm_cells(part)))
+                rows.append((_shown(name, method), label, SCORE_NAMES[score], *_arm_cells(part)))
     heads = ("method", "prompt style", "score", "BWT", "over seeds", "FM", "FM null", "learned", "AvgAcc")
     note = (
         "Percent; in brackets 95 % intervals over examples, beside BWT that over seeds. Noise alone pulls FM down;"
         " FM null is what it would be if nothing were forgotten."
     )
+    if any("task_id_oracle" in method for method in results["methods"].values()):
+        note += " A task-id oracle is told which task a question is from: an upper bound, compared with no other."
     return Sheet("Methods", heads, tuple(rows), 3, note)
+
+
+def _shown(name: str, method: Json) -> str:
+    """A method's name in a table, with what a reader must know before comparing it."""
+    return f"{name} (task-id oracle)" if method.get("task_id_oracle") else name
 
 
 def _arm_cells(part: Json) -> list[str]:
@@ -151,7 +158,7 @@ def general_sheet(results: Json) -> Sheet:
             cells = [f"{number(row['before'])} {ARROW} {number(row['after'])}" for row in table.values()]
             change = table["mean"]["change"]
             span = f"{signed(change['value'])}\n{bounds(change['examples'])}"
-            rows.append((name, f"{method['train_style']}, native", SCORE_NAMES[score], *cells, span))
+            rows.append((_shown(name, method), f"{method['train_style']}, native", SCORE_NAMES[score], *cells, span))
     heads = ("method", "prompt style", "score", *(short(name) for name in results["general"]), "mean", "change")
     note = "Percent, before the first task and after the last; never trained on."
     return Sheet("General abilities", heads, tuple(rows), 3, note)
@@ -168,7 +175,7 @@ def apart_sheet(results: Json) -> Sheet:
             shares = [
                 sum(sum(end[place]) / len(end[place]) for end in ends) / len(ends) for place in range(len(ends[0]))
             ]
-            rows.append((name, style, *(number(share) for share in shares)))
+            rows.append((_shown(name, method), style, *(number(share) for share in shares)))
     heads = ("method", "prompt style", *(status.replace("_", " ") for status in COUNTED_APART))
     note = "Percent of the responses after the last task, mean over tasks and seeds; they are scored like all others."
     return Sheet("Responses counted apart", heads, tuple(rows), 2, note)

@@ -2,11 +2,14 @@
 #   CPT_RFT_VENV         where that environment lives (default: .venv in the project)
 #   CPT_RFT_PYTHON       the Python 3.11 to 3.13 to make it with (default: the first one found)
 #   CPT_RFT_TORCH_INDEX  address of PyTorch's CPU wheel index, for machines whose pip settings do not know one
+#   CPT_RFT_ENVS         where the environments of engines and consumers live (default: .envs in the project)
 # shellcheck shell=bash
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${CPT_RFT_VENV:-$ROOT/.venv}"
 CPT_RFT="$VENV/bin/cpt-rft"
+ENVS="${CPT_RFT_ENVS:-$ROOT/.envs}"
+LOCKS="$ROOT/scripts/engine_envs"
 TORCH_VERSION=2.13.0
 
 say() { printf '[cpt-rft] %s\n' "$*" >&2; }
@@ -70,6 +73,21 @@ setup_venv() {
     say "installing cpt-rft[$extras] (the libraries are about 300 MB without torch)"
     pip_install --editable "$ROOT[$extras]"
     fingerprint "$extras" >"$stamp"
+}
+
+# engine_environment NAME [FILE...]: sets VENV to the environment of a lock, made first if it is not there whole. It is
+# known by the content of the lock and of the FILEs, which change what is in it.
+engine_environment() {
+    local lock="$LOCKS/$1.lock"
+    VENV="$ENVS/$1-$(cat "$lock" "${@:2}" | sha256sum | cut -c1-12)"
+    [ ! -f "$VENV/ready" ] || return 0
+    mkdir -p "$ENVS" || die "$ENVS could not be made." "set CPT_RFT_ENVS to a folder that can be written"
+    # Python 3.11 first: the locks were made with it.
+    (export CPT_RFT_PYTHON="${CPT_RFT_PYTHON:-python3.11 python3 python3.12 python3.13}" && make_venv) || return 1
+    # torch first and with all that it needs, so that nothing after it can bring another build. The lock is complete.
+    (export DS_BUILD_OPS=0 && install_torch && pip_install "$(grep '^torch==' "$lock")" && pip_install --no-deps -r "$lock") ||
+        return 1
+    touch "$VENV/ready"
 }
 
 # go EXPERIMENT: change to the project, where runs/ is; EXPERIMENT may be a path from the caller's folder, a path from the

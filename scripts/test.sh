@@ -2,7 +2,7 @@
 # The tests: the fast tier, or with --full all that a landing needs. Other arguments go to pytest (fast tier).
 # Usage: scripts/test.sh [--full | pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-setup_venv local,data,notebook,dev
+setup_venv local,lora,parallel,data,notebook,dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 python="$VENV/bin/python"

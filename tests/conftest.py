@@ -21,6 +21,8 @@ for name, value in {
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+collect_ignore = ["engine_envs"]  # programs for the environments of other engines
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 

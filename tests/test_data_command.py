@@ -103,6 +103,19 @@ def test_mistakes_are_explained(data: Run, task: Path, tmp_path: Path) -> None:
     assert "was locked otherwise" in prepare(data, task, "--limit", 3, status=2)
 
 
+def test_what_cannot_be_prepared_does_not_keep_the_rest_waiting(data: Run, task: Path, tmp_path: Path) -> None:
+    lost = []
+    for name in ("first", "second"):
+        lost.append(tmp_path / f"{name}.yaml")
+        lost[-1].write_text(SETTINGS.format(folder=tmp_path / name).replace("puzzles", name))
+    assert f"error: {tmp_path / 'first'} does not exist. Fix: set options.folder" in prepare(data, lost[0], status=2)
+    loose = ["--cache", tmp_path / "cache", "--checks", tmp_path / "checks.yaml"]
+    told = data("prepare", lost[0], task, lost[1], *loose, status=2)
+    assert "error: 2 of 3 tasks are not prepared." in told
+    assert all(f"{tmp_path / name} does not exist. Fix:" in told for name in ("first", "second"))
+    assert "rows of train, " in data("check", "all")
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """A task with a train and a test split, two rows of which share a picture, and one without any."""
@@ -110,7 +123,7 @@ def prepared(tmp_path: Path) -> Path:
     rows = [
         row(0),
         row(1, image=shared),
-        row(2, rationale="It looks\nlike it."),
+        row(2, rationale="It looks\nlike it.", meta={"options": ["a thing", "thing 2"]}),
         row(3, images=(), image_paths=(), problem="Why?"),
     ]
     rows = [*rows, row(4, meta={"problems": {"paper_sft": "<image>Now what?"}})]
@@ -130,7 +143,8 @@ def test_easyr1_gets_directories_of_parquet(prepared: Path, tmp_path: Path) -> N
     for record, example in zip(found, rows, strict=True):
         assert tuple(image["bytes"] for image in record["images"]) == example.images
         truth = json.loads(record["answer"])
-        assert set(truth) == {"id", "task", "kind", "answer", "references"}
+        assert set(truth) == {"id", "task", "kind", "answer", "references", *example.meta.keys() & {"options"}}
+        assert tuple(truth.get("options", ())) == example.options
         assert (truth["id"], truth["references"]) == (example.id, list(example.references))
     assert found[4]["problem"] == "<image>Now what?"
     template = (tmp_path / "easy" / "paper_sft_cot.jinja").read_text()

@@ -71,6 +71,35 @@ def test_logits_and_gradients_are_those_of_the_stock_model(
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max(), name
 
 
+def test_checkpointing_keeps_less_and_changes_no_gradient(policy: Policy, prompts: list[EncodedPrompt]) -> None:
+    groups = completions(prompts, 4)
+    decoder = policy.model.model.language_model
+    seen: list[tuple[dict[str, Tensor | None], int]] = []
+    for recompute in (False, True):
+        decoder.gradient_checkpointing = recompute
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        policy.model.zero_grad()
+        network = Network(policy.model)
+        contexts = network.contexts(prompts)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = network.logits(contexts, pack_blocks(contexts, groups))
+            size = sum(kept.values())
+        logits.square().mean().backward()
+        seen.append(({name: weight.grad for name, weight in policy.model.named_parameters()}, size))
+    decoder.gradient_checkpointing = False
+    weights = sum(weight.nbytes for weight in policy.model.parameters())
+    assert seen[1][1] - weights < 0.8 * (seen[0][1] - weights)
+    for name, gradient in seen[0][0].items():
+        other = seen[1][0][name]
+        assert gradient is not None and other is not None and torch.equal(gradient, other), name
+
+
 def test_rows_do_not_see_each_other(policy: Policy, prompts: list[EncodedPrompt]) -> None:
     groups = completions(prompts, 2)
     network = Network(policy.model)

@@ -207,7 +207,7 @@ def test_each_kind_of_group_has_its_share_of_the_gradient(
 
 
 def test_looking_at_the_gradient_does_not_change_it(policy: Policy, rows: list[Example]) -> None:
-    """Every tenth step is looked at; the same rollouts in one that is not give the same bits."""
+    """Every twentieth step is looked at; the same rollouts in one that is not give the same bits."""
 
     class Fixed(Scripted):
         def rollout(self, step: int, prompts: Sequence[EncodedPrompt]) -> list[list[Completion]]:

@@ -1,8 +1,6 @@
 """The local engine as a whole: it learns, repeats itself, survives being killed, and never saves broken weights."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +8,11 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import encode_prompts, load_policy
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import LocalConfig
 from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
-from cpt_rft.engines.base import Stage, StepLog, get_engine, resolve_engine
+from cpt_rft.engines.base import Stage, resolve_engine
 from cpt_rft.engines.local.batches import batches, stage_batches
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.runtime import prepare
@@ -22,10 +20,11 @@ from cpt_rft.errors import CheckpointError, ConfigError, TrainingError
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import target_text, user_text
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, weights
+from tests.helpers.killed import train_and_die
 
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
-    *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap"),
+    *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap", "replayed", "penalty"),
     *("reward_variance", "all_right", "all_wrong", "grad_norm_right", "grad_norm_mixed", "grad_norm_wrong"),
 }
 
@@ -116,7 +115,7 @@ def test_a_killed_stage_ends_with_the_same_bits(
     whole = make_stage(tmp_path / "whole", base, method, rows, parent=taught, dtype=dtype, save_every=5)
     run(whole)
     stage = make_stage(tmp_path / "killed", base, method, rows, parent=taught, dtype=dtype, save_every=5)
-    _train_and_die(stage, at=7)
+    train_and_die(stage, at=7)
     assert not (stage.directory / "checkpoint").exists()
     assert len(read_log(stage)) == 7
     assert [log.step for log in run(stage)] == list(range(6, 13))
@@ -126,29 +125,12 @@ def test_a_killed_stage_ends_with_the_same_bits(
     assert not (stage.directory / "resume").exists()
 
 
-def _train_and_die(stage: Stage, at: int) -> None:
-    """Train in a child process that kills itself, without any goodbye, when step ``at`` is reported."""
-
-    def report(log: StepLog) -> None:
-        if log.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        try:
-            get_engine(stage.engine).train(stage, report)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
 @pytest.mark.parametrize("damage", ["cut", "emptied", "other settings", "log lost"])
 def test_a_useless_resume_point_costs_time_only(base: Path, rows: list[Example], tmp_path: Path, damage: str) -> None:
     whole = make_stage(tmp_path / "whole", base, sft(epochs=2), rows, save_every=2)
     run(whole)
     stage = make_stage(tmp_path / "stage", base, sft(epochs=2), rows, save_every=2)
-    _train_and_die(stage if damage != "other settings" else replace(stage, method=sft(epochs=2, lr=1e-2)), at=5)
+    train_and_die(stage if damage != "other settings" else replace(stage, method=sft(epochs=2, lr=1e-2)), at=5)
     state = stage.directory / "resume" / "state.pt"
     if damage in ("cut", "emptied"):
         state.write_bytes(state.read_bytes()[: 1000 if damage == "cut" else 0])
@@ -225,6 +207,16 @@ def test_all_methods_see_the_same_rows(base: Path, rows: list[Example], tmp_path
     assert one[:3] != one[3:6]
 
 
+def test_checkpointing_ends_with_the_same_bits(base: Path, taught: Path, rows: list[Example], tmp_path: Path) -> None:
+    stages = [
+        make_stage(tmp_path / str(each), base, grpo(), rows, parent=taught, gradient_checkpointing=each)
+        for each in (False, True)
+    ]
+    for stage in stages:
+        run(stage)
+    assert same_weights(*(stage.directory / "checkpoint" for stage in stages))
+
+
 def test_batches_of_a_seed_and_of_a_remainder(rows: list[Example]) -> None:
     first = batches(rows, TASK, 0, 1, 5)
     assert [len(batch) for batch in first] == [5, 5, 2]
@@ -246,18 +238,18 @@ def test_joint_training_mixes_tasks_whatever_their_order(base: Path, rows: list[
 
 
 def test_what_the_machine_has_is_found_once() -> None:
-    resolved = resolve_engine(EngineConfig(name="local"))
+    resolved = resolve_engine(LocalConfig(name="local"))
     assert resolved.dtype in ("float32", "bfloat16")
     assert resolved.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_engine(resolved) == resolved
-    fixed = EngineConfig(name="local", dtype="bfloat16", device="cpu")
+    fixed = LocalConfig(name="local", dtype="bfloat16", device="cpu")
     assert resolve_engine(fixed) == fixed
     assert prepare(fixed) == (torch.bfloat16, "cpu")
 
 
 def test_threads_are_set() -> None:
     before = torch.get_num_threads()
-    prepare(EngineConfig(name="local", device="cpu", threads=2))
+    prepare(LocalConfig(name="local", device="cpu", threads=2))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 
@@ -265,4 +257,4 @@ def test_threads_are_set() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named() -> None:
     with pytest.raises(ConfigError, match="no usable GPU"):
-        prepare(EngineConfig(name="local", device="cuda"))
+        prepare(LocalConfig(name="local", device="cuda"))

@@ -132,9 +132,9 @@ def test_everything_else_is_refused_with_both_values(done, override, words):
 
 def test_a_run_grows_by_methods_seeds_and_orders(done):
     stored = read_config(done.directory)
-    changes = ["methods=[grpo_direct]", "seeds=[5]", "orders=[[mini_superclevr, mini_gqa]]"]
+    changes = ["methods=[grpo_no_cot]", "seeds=[5]", "orders=[[mini_superclevr, mini_gqa]]"]
     merged = merge(stored, done.experiment(*changes), done.directory)
-    assert list(merged.methods) == ["joint", "sft", "grpo", "grpo_direct"]
+    assert list(merged.methods) == ["joint", "sft", "grpo", "grpo_no_cot"]
     assert merged.seeds == (0, 5)
     assert merged.orders == (("mini_superclevr", "mini_gqa"),)
     assert merge(merged, done.experiment(), done.directory).orders == merged.orders

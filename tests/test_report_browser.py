@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from eval.report import write_report
+from eval.results import build_results
 from tests.helpers.browser import Browser, chromium
-from tests.helpers.synthetic_run import write_run
+from tests.helpers.synthetic_run import with_meters, write_run
 
 pytestmark = pytest.mark.full
 
@@ -23,7 +24,8 @@ OVERFLOWING = """[...document.querySelectorAll("body *")]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(write_run(tmp_path_factory.mktemp("browser") / "run", rows=30))
+    run = write_run(tmp_path_factory.mktemp("browser") / "run", rows=30)
+    return write_report(run, with_meters(build_results(run)))
 
 
 @pytest.fixture(scope="module")

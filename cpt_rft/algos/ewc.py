@@ -46,6 +46,21 @@ def ewc_penalty(weights: Weights, start: Weights, fisher: Weights) -> Tensor:
     return 0.5 * torch.stack(terms).sum()
 
 
+def merged_penalty(
+    importance: Weights, anchor: Weights, fisher: Weights, weights: Weights
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Importance and anchor of one penalty with the gradient of two: around ``anchor`` and around ``weights``.
+
+    A sum of squares around several points is one square around their mean, weighed by importance, and a constant. So
+    the penalties of all earlier tasks fit into two numbers a weight.
+
+    Source: EWC, arXiv 1612.00796 section 2 (a penalty for each earlier task), with the square completed.
+    """
+    total = {name: importance[name] + fisher[name] for name in fisher}
+    shares = {name: fisher[name] / total[name].clamp(min=torch.finfo(torch.float32).tiny) for name in fisher}
+    return total, {name: anchor[name] + shares[name] * (weights[name] - anchor[name]) for name in fisher}
+
+
 def l2_penalty(weights: Weights, start: Weights) -> Tensor:
     """Half the squared distance to the start, over all weights; its strength is the caller's.
 

@@ -20,4 +20,7 @@ def entropy(logits_NV: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     Source: Shannon; TRL@v1.16.0 trl/trainer/grpo_trainer.py (entropy bonus).
     """
-    return torch.special.entr((logits_NV.float() / temperature).softmax(-1)).sum(-1)
+    logprobs_NV = (logits_NV.float() / temperature).log_softmax(-1)
+    # Zero times infinity is not a number, in the value and in the gradient.
+    finite_NV = torch.where(logprobs_NV > -torch.inf, logprobs_NV, torch.zeros_like(logprobs_NV))
+    return -(logprobs_NV.exp() * finite_NV).sum(-1)

@@ -1,27 +1,147 @@
-"""What an engine may be told.
+"""What an engine may be told: one class an engine, told apart by `name`.
 
 The text under a field is its help: it appears in the JSON Schema that editors read (``cpt-rft schema``).
 """
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
-from cpt_rft.config.strict import Strict
+from cpt_rft.config.strict import KeyedError, Share, Strict
+
+DeepSpeed = Literal["none", "zero2", "zero3", "zero3_offload"]
 
 
-class EngineConfig(Strict):
-    """What trains. `auto` values are resolved once, when a run directory is made, and kept on resume."""
+class _Engine(Strict):
+    FREE: ClassVar[frozenset[str]] = frozenset()
+    """Keys that decide where, how fast and how safely a stage is trained, but never its weights."""
 
-    name: Literal["local"]
-    """The engine: `local` trains in process with transformers."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of forward and backward; weights and optimizer are always float32."""
+    """Arithmetic of forward and backward; master weights and optimizer are always float32."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """Where: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
     threads: PositiveInt = 1
     """Threads of one worker. Methods and seeds run side by side, so one is usually best."""
+
+    @property
+    def pixel_limits(self) -> tuple[int | None, int | None]:
+        """Least and largest area of a picture, where they are not the base checkpoint's own."""
+        return None, None
+
+    @property
+    def cores(self) -> int:
+        """Cores that one worker keeps busy."""
+        return self.threads
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides a stage's weights, as plain JSON."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in self.FREE}
+
+
+class LocalConfig(_Engine):
+    """Trains in process with transformers."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"save_every", "max_skipped_steps", "gradient_checkpointing"})
+
+    name: Literal["local"]
+    """The engine: `local` trains in process with transformers."""
+    processes: PositiveInt = 1
+    """Processes that share each step of a stage, through accelerate; on GPUs each takes one."""
+    gradient_checkpointing: bool = False
+    """Compute decoder layers again in the backward pass instead of keeping their values: the same gradients, less
+    memory, about a third more time in the update."""
     save_every: PositiveInt = 10
     """Steps between two resume points within a stage."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     """A stage stops after more non-finite steps than this."""
+
+    @property
+    def cores(self) -> int:
+        """Cores that one worker keeps busy."""
+        return self.threads * self.processes
+
+    def identity(self) -> dict[str, Any]:
+        """See `_Engine.identity`; one process is not mentioned."""
+        return {key: value for key, value in super().identity().items() if key != "processes" or value > 1}
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters, merged into the checkpoint at the end of every stage."""
+
+    rank: PositiveInt
+    """Rank of the adapters."""
+    alpha: PositiveFloat
+    """Adapters are scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Share of an adapter's inputs that are dropped."""
+    target: str = "all"
+    """Comma-separated names of the adapted modules; `all` for every linear one that is not frozen."""
+
+
+class LlamaFactoryConfig(_Engine):
+    """LLaMA-Factory, run by its own command in its own environment (docs/llamafactory.md)."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"save_every", "environment", "launcher", "workers_a_process"})
+
+    name: Literal["llamafactory"]
+    """The engine: `llamafactory` writes the framework's own files and runs its own command."""
+    environment: str | None = None
+    """Its virtual environment; null for the one that `scripts/setup_llamafactory.sh` makes."""
+    processes: Literal["auto"] | PositiveInt = "auto"
+    """Training processes a node; `auto` for one a GPU, or one without a GPU."""
+    nodes: PositiveInt = 1
+    """Machines; with several, MASTER_ADDR must be set and the launcher must start the command on each."""
+    launcher: tuple[str, ...] = ()
+    """Put before the command, for example ["srun", "--ntasks-per-node=1"]; NODE_RANK defaults to SLURM_NODEID."""
+    ray: bool = False
+    """Start the processes by Ray (USE_RAY) instead of torchrun; the environment then needs the package ray."""
+    deepspeed: DeepSpeed = "none"
+    """Which of configs/engines/deepspeed/*.json; `none` replicates the model in every process."""
+    cutoff_len: PositiveInt = 7168
+    """Longest row in tokens, picture tokens included; a longer one is refused, never cut."""
+    min_pixels: PositiveInt | None = None
+    """Least area of a picture as the model sees it; null for the base checkpoint's own."""
+    max_pixels: PositiveInt | None = None
+    """Largest area of a picture as the model sees it; null for the base checkpoint's own."""
+    freeze_vision_tower: bool = False
+    """Keep the vision tower as it is (the framework's own default is true)."""
+    freeze_projector: bool = False
+    """Keep what joins vision and language as it is (the framework's own default is true)."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    attention: Literal["auto", "sdpa", "fa2"] = "auto"
+    """Attention kernel; `fa2` needs the package flash-attn."""
+    save_every: PositiveInt = 200
+    """Steps between two resume points within a stage."""
+    workers_a_process: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare pictures for each training process."""
+
+    @property
+    def pixel_limits(self) -> tuple[int | None, int | None]:
+        """Least and largest area of a picture, where they are not the base checkpoint's own."""
+        return self.min_pixels, self.max_pixels
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.ray and self.launcher:
+            raise KeyedError(("launcher",), "Ray starts the processes itself, so there is nothing to launch")
+        if self.nodes > 1 and not self.ray and not self.launcher:
+            raise KeyedError(("launcher",), "with several nodes it must say what starts the command on each of them")
+        return self
+
+
+EngineConfig = Annotated[LocalConfig | LlamaFactoryConfig, Field(discriminator="name")]
+ENGINES: Mapping[str, type[LocalConfig] | type[LlamaFactoryConfig]] = {
+    "local": LocalConfig,
+    "llamafactory": LlamaFactoryConfig,
+}
+
+
+def parse_engine(data: Mapping[str, Any]) -> EngineConfig:
+    """The inverse of dumping a configuration as plain JSON data."""
+    config: EngineConfig = TypeAdapter(EngineConfig).validate_json(json.dumps(data))
+    return config

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import ENGINES, EngineConfig
 from cpt_rft.config.load import REPOSITORY
 from cpt_rft.config.methods import METHOD_KINDS, MethodConfig
 from cpt_rft.config.schema import TASK_NAMES, Experiment
@@ -30,23 +30,35 @@ def documents() -> dict[str, dict[str, Any]]:
     }
     for key in ("additionalProperties", "type", "minProperties"):
         experiment["properties"]["methods"].pop(key, None)
-    engine = EngineConfig.model_json_schema()
-    engine_changes = engine | {"required": ["name"]}
     experiment["properties"]["engine"] = {
-        "anyOf": [{"type": "string"}, engine_changes],
+        "anyOf": [{"type": "string"}, *({"$ref": f"#/$defs/{model.__name__}"} for model in ENGINES.values())],
         "description": Experiment.model_fields["engine"].description,
     }
     names = {"type": "string", "enum": [name for names in TASK_NAMES.values() for name in names]}
     experiment["properties"]["tasks"]["items"] = names
     experiment["properties"]["orders"]["items"]["items"] = names
     del experiment["$defs"]["EvaluationConfig"]["required"]  # the contract may fill it in
-    for unused in ("SftMethod", "GrpoMethod", "EngineConfig"):
+    for model in ENGINES.values():
+        definition = experiment["$defs"][model.__name__]
+        definition["properties"]["extends"] = {
+            "type": "string",
+            "description": "The configs/engines/*.yaml to start from.",
+        }
+        definition["required"] = ["name"]
+    for unused in ("SftMethod", "GrpoMethod"):
         experiment["$defs"].pop(unused, None)
+    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora"):
+        experiment["$defs"][part].pop("required")  # a change may name one key of a part
     method = TypeAdapter(MethodConfig).json_schema()
-    for definition in method["$defs"].values():
+    for kind in METHOD_KINDS.values():
+        definition = method["$defs"][kind.__name__]
         del definition["properties"]["name"]
         definition["required"].remove("name")
-    return {"experiment.json": experiment, "method.json": method, "engine.json": engine}
+    return {
+        "experiment.json": experiment,
+        "method.json": method,
+        "engine.json": TypeAdapter(EngineConfig).json_schema(),
+    }
 
 
 def _changes() -> dict[str, Any]:

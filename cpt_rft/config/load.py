@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cpt_rft.config.document import Document, Keys
+from cpt_rft.config.engine import ENGINES
 from cpt_rft.config.methods import METHOD_KINDS
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
@@ -50,6 +51,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), methods: Sequence
             document.put(keys, change)
     for name in known:
         validate(_method_class(document, name), document.sub(("methods", name)), ("methods", name))
+    validate(_engine_class(document), document.sub(("engine",)), ("engine",))
     return validate(Experiment, document)
 
 
@@ -115,8 +117,8 @@ def _explain(errors: list[ErrorDetails], model: type[BaseModel], document: Docum
 def _fields_at(model: type[BaseModel], keys: Keys) -> list[str]:
     for key in keys:
         annotation = model.model_fields[str(key)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        parts = get_args(annotation) or (annotation,)  # an optional object is a union with none
+        model = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
     return list(model.model_fields)
 
 
@@ -157,6 +159,12 @@ def _method_class(document: Document, name: str) -> type[BaseModel]:
         )
     _known_or_refuse("kind", kind, METHOD_KINDS, document.place(keys))
     return METHOD_KINDS[kind]
+
+
+def _engine_class(document: Document) -> type[BaseModel]:
+    name = str(document.data["engine"].get("name"))
+    _known_or_refuse("engine", name, ENGINES, document.place(("engine", "name")))
+    return ENGINES[name]
 
 
 def _expand_methods(document: Document, path: Path) -> None:

@@ -3,16 +3,28 @@
 The text under a field is its help: it appears in the JSON Schema that editors read (``cpt-rft schema``).
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share, Strict
+from cpt_rft.config.restraints import Restrained
+from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share
 from cpt_rft.prompts import Style
 
+LossName = Literal[
+    "default", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "rloo", "cispo", "sapo", "luspo", "vespo"
+]  # fmt: skip
 
-class _Method(Strict):
+
+class _Method(Restrained):
     name: Name
     """The key under which the experiment lists the method."""
     joint: bool = False
@@ -33,10 +45,21 @@ class _Method(Strict):
     """Gradients are scaled down to this norm."""
     epochs: PositiveInt = 1
     """Passes over the rows of a stage."""
+    task_epochs: Mapping[Name, PositiveInt] = Field(default_factory=dict)
+    """Passes over the rows of these tasks, where another number than `epochs` is wanted; not for joint training."""
     prompts_per_step: PositiveInt
     """Prompts (rows) in one optimizer step. Equal for all methods: they then see the same rows at the same step."""
     micro_batch: PositiveInt
     """Prompts in memory at once; it must divide `prompts_per_step`."""
+
+    def epochs_of(self, tasks: Sequence[str]) -> int:
+        """Passes over the rows of a stage on these tasks."""
+        return self.task_epochs.get(tasks[0], self.epochs) if len(tasks) == 1 else self.epochs
+
+    @model_serializer(mode="wrap")
+    def _without_what_most_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        lean = {*Restrained.model_fields, "task_epochs"}  # absent from identities where they are not used
+        return {key: value for key, value in dump(self).items() if key not in lean or value}
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -54,26 +77,80 @@ class SftMethod(_Method):
 
 
 class GrpoMethod(_Method):
-    """Group-relative policy optimisation on the verifiable reward 0.9 accuracy + 0.1 format."""
+    """Reinforcement fine-tuning on the verifiable reward 0.9 accuracy + 0.1 format: GRPO and its relatives."""
 
     kind: Literal["grpo"]
-    """Which objective: sampled completions, weighed by their advantage within the group."""
-    group: Annotated[int, Field(ge=2)]
-    """Completions sampled a prompt."""
+    """Which objective: sampled completions, weighed by their advantage."""
+    group: PositiveInt
+    """Completions sampled a prompt; `grpo` and `rloo` need two at least."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of the rollouts; log-probabilities are taken at the same temperature."""
     max_new_tokens: PositiveInt
     """Longest completion in tokens."""
+    rollout_steps: PositiveInt = 1
+    """Optimizer steps made from one rollout. Above 1 the later steps learn from completions of an older policy, which
+    is what ratio and clip are for; the released scripts make 4 (512 prompts a rollout, 128 a step)."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit ended out of the loss (DAPO's overlong filtering)."""
+    advantage: Literal["grpo", "rloo", "remax", "reinforce_plus_plus"] = "grpo"
+    """What a completion is compared with: its group's mean, the others of its group, the reward of one greedy
+    completion, or all tokens of the rollout."""
+    advantage_scale: Literal["group", "batch", "none"] | None = None
+    """What an advantage is divided by: the standard deviation of its group, that of the whole rollout, or nothing. Null
+    for the estimator's own: `group` for grpo, `none` for rloo and remax; reinforce_plus_plus always takes `batch`."""
+    advantage_epsilon: PositiveFloat = 1e-6
+    """Added to that standard deviation."""
+    paper_rounding: bool = False
+    """Advantages in float32 with the rounding of EasyR1: a group of equal rewards can then have an advantage that is
+    not zero. Such groups are counted in the log (`rounded_groups`)."""
+    loss: LossName = "default"
+    """Bound, ratio and aggregate by name (cpt_rft/algos/losses.py); `default` is EasyR1's, which the papers ran."""
+    ratio: Literal["token", "sequence", "sequence_token", "sequence_sum"] | None = None
+    """Of which tokens the ratio to the sampling policy is taken; null for the loss's own."""
+    aggregate: Literal["token", "sequence", "constant", "sum"] | None = None
+    """What the sum over tokens is divided by; null for the loss's own."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The ratio to the sampling policy counts no further down than 1 - clip_low; null for the loss's own."""
+    clip_high: PositiveFloat | None = None
+    """The ratio to the sampling policy counts no further up than 1 + clip_high; null for the loss's own."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the ratio where the advantage is negative; null for the loss's own."""
+    entropy_coef: NotNegative = 0.0
+    """Weight of the entropy bonus."""
     kl_coef: NotNegative = 0.01
-    """Weight of the k3 KL penalty to the reference policy; 0 switches it off."""
+    """Weight of the KL penalty to the reference policy; 0 switches it off."""
     kl_reference: Literal["base", "stage"] = "base"
     """Reference policy: the base model, or the model at the start of the stage."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio to the sampling policy counts no further down than 1 - clip_low."""
-    clip_high: PositiveFloat = 0.3
-    """The ratio to the sampling policy counts no further up than 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1)] = 3.0
-    """Bound on the ratio where the advantage is negative."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """How the divergence is estimated from sampled tokens."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the penalty enters: differentiated in the loss, or taken off the reward of each token."""
+    kl_ratio_correction: bool = False
+    """Multiply the penalty in the loss by the ratio to the sampling policy, as TRL does."""
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self) -> Self:
+        scales = {"grpo": ("group", "batch", "none"), "rloo": ("batch", "none"), "remax": ("batch", "none")}
+        offered = scales.get(self.advantage, ("batch",))
+        if self.group < 2 and self.advantage in ("grpo", "rloo"):
+            message = f"{self.group}, but {self.advantage} compares the completions of a group; write 2 or more"
+            raise KeyedError(("group",), message)
+        if self.advantage_scale is not None and self.advantage_scale not in offered:
+            message = f"{self.advantage_scale!r} is not offered with {self.advantage}; use {' or '.join(offered)}"
+            raise KeyedError(("advantage_scale",), message)
+        if self.paper_rounding and (self.advantage != "grpo" or self.advantage_scale not in (None, "group")):
+            raise KeyedError(("paper_rounding",), "it belongs to advantage grpo with advantage_scale group")
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_has_a_reference(self) -> Self:
+        if self.kl_coef == 0:
+            for key in ("kl_in", "kl_ratio_correction"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise KeyedError((key,), "it needs a reference policy, and with kl_coef = 0 there is none")
+        if self.kl_ratio_correction and self.kl_in == "reward":
+            raise KeyedError(("kl_ratio_correction",), "it belongs to a penalty in the loss (kl_in: loss)")
+        return self
 
 
 MethodConfig = Annotated[SftMethod | GrpoMethod, Field(discriminator="kind")]

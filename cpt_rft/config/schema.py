@@ -50,6 +50,8 @@ class DataConfig(Strict):
     """Rows a task for published numbers only."""
     general: PositiveInt = 100
     """Rows a general ability, in dev and in test."""
+    at_most: bool = False
+    """Take all rows where a prepared task has fewer than that; otherwise it is refused. Only for the source `hub`."""
     prompt_preset: str = "miniature"
     """Which prompt suffixes (cpt_rft/prompts.py)."""
 
@@ -58,11 +60,13 @@ class DataConfig(Strict):
         if (self.directory is None) == (self.source == "hub"):
             words = "the source 'hub' needs the directory" if self.source == "hub" else "only the source 'hub' has one"
             raise KeyedError(("directory",), words)
+        if self.at_most and self.source != "hub":
+            raise KeyedError(("at_most",), "drawn rows never run out")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_drawn_rows_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key != "directory" or value is not None}
+        return {key: value for key, value in dump(self).items() if key not in ("directory", "at_most") or value}
 
     @field_validator("prompt_preset")
     @classmethod
@@ -178,6 +182,11 @@ class Experiment(Strict):
         """Every order, `tasks` first."""
         return (self.tasks, *self.orders)
 
+    @property
+    def asked_workers(self) -> Literal["auto"] | int:
+        """Sequences side by side; one by default where the engine takes the whole machine."""
+        return 1 if self.workers == "auto" and self.engine.name != "local" else self.workers
+
     @field_validator("tasks", "seeds")
     @classmethod
     def _no_repeats(cls, value: tuple[T, ...]) -> tuple[T, ...]:
@@ -199,6 +208,10 @@ class Experiment(Strict):
         _check_known("general ability", self.evaluation.general, GENERAL_NAMES[source], at=("evaluation", "general"))
         if source == "hub" and self.evaluation.general and self.evaluation.split != "test":
             raise KeyedError(("evaluation", "general"), "general abilities of the hub have no dev rows")
+        every = [name for names in TASK_NAMES.values() for name in names]  # a method may serve several studies
+        for name, method in self.methods.items():
+            for task in method.task_epochs:
+                _check_known("task", [task], every, at=("methods", name, "task_epochs", task))
         for index, order in enumerate(self.orders):
             if sorted(order) != sorted(self.tasks):
                 raise KeyedError(("orders", index), f"{list(order)} is not a permutation of the tasks")
@@ -210,4 +223,5 @@ class Experiment(Strict):
 def _check_known(noun: str, values: Sequence[str], known: Sequence[str], *, at: tuple[str | int, ...]) -> None:
     for index, value in enumerate(values):
         if value not in known:
-            raise KeyedError((*at, index), f"unknown {noun} {value!r}, the nearest is {nearest(value, known)!r}")
+            where = at if at[-1:] == (value,) else (*at, index)
+            raise KeyedError(where, f"unknown {noun} {value!r}, the nearest is {nearest(value, known)!r}")

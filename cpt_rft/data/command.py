@@ -26,6 +26,12 @@ HF_ENDPOINT names a mirror of the hub, HF_TOKEN a token for gated sets, HF_HOME 
 """
 
 
+_TASK_HELP = {
+    True: "a name of configs/tasks, the path of a file of that form, or 'all' of configs/tasks",
+    False: "the name of a prepared task, or 'all' of them",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
     parser.epilog = _HELP
@@ -62,7 +68,7 @@ def main(options: argparse.Namespace) -> int | None:
 
 def _action(actions: Any, name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help="a name of configs/tasks, or 'all'")
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help=_TASK_HELP[name == "prepare"])
     parser.add_argument("--out", type=Path, default=Path("data"), help="prepared rows (default: data)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(action=run)
@@ -73,7 +79,8 @@ def _prepare(options: argparse.Namespace) -> None:
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
     from cpt_rft.data.checks import CHECKS_FILE, load_checks
-    from cpt_rft.data.ledger import ledger_notes, ledger_table
+    from cpt_rft.data.ledger import ledger_notes, ledger_table, read_ledger
+    from cpt_rft.data.lock import read_lock
     from cpt_rft.data.pipeline import Settings
     from cpt_rft.tasks.base import load_task
 
@@ -81,22 +88,29 @@ def _prepare(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = Settings(checks, options.model, options.limit, options.processes or cores)
     tasks = [load_task(name) for name in _names(options.tasks)]
-    for ledger in prepare_tasks(tasks, options.cache, options.out, settings):
-        _print(ledger_table(ledger), *ledger_notes(ledger))
+    try:
+        prepare_tasks(tasks, options.cache, options.out, settings)
+    finally:
+        done = read_lock(options.out)["tasks"]
+        for ledger in (read_ledger(options.out / task.config.name) for task in tasks if task.config.name in done):
+            _print(ledger_table(ledger), *ledger_notes(ledger))
     _tell_crossings(options.out)
 
 
 def prepare_tasks(tasks: "Sequence[Task]", cache: Path, out: Path, settings: "Settings") -> "list[Json]":
     """Prepare tasks one after the other, with progress on the way; returns their ledgers.
 
+    A task that cannot be prepared, such as one of a gated set, does not keep the others waiting.
+
     Raises:
-        UserError: As `cpt_rft.data.pipeline.prepare_task`.
+        DataError: As `cpt_rft.data.pipeline.prepare_task`, after the last task.
     """
     from cpt_rft.data.pipeline import prepare_task
     from cpt_rft.progress import make_display
 
     work = {f"{task.config.name}/{split}": 1.0 for task in tasks for split in task.splits}
     ledgers = []
+    errors: list[DataError] = []
     with make_display(work) as display:
 
         def progress(label: str, rows: int, total: int | None) -> None:
@@ -105,9 +119,21 @@ def prepare_tasks(tasks: "Sequence[Task]", cache: Path, out: Path, settings: "Se
 
         for task in tasks:
             display.note(f"{task.config.name}: looking for its files")
-            ledgers.append(prepare_task(task, cache, out, settings, progress))
+            try:
+                ledgers.append(prepare_task(task, cache, out, settings, progress))
+                outcome = "done"
+            except DataError as error:
+                errors.append(error)
+                outcome = "failed"
             for split in task.splits:
-                display.update(f"{task.config.name}/{split}", 1.0, "done")
+                display.update(f"{task.config.name}/{split}", 1.0, outcome)
+    if len(errors) > 1:
+        fixes = " ".join(f"{error.problem} Fix: {error.fix}." for error in errors)
+        raise DataError(
+            f"{len(errors)} of {len(tasks)} tasks are not prepared. {fixes}", "mend these, the rest is there"
+        )
+    if errors:
+        raise errors[0]
     return ledgers
 
 

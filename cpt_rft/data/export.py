@@ -69,6 +69,8 @@ def ground_truth(row: Example) -> str:
 
     >>> ground_truth(Example("a/test/1", "a", "test", (), (), "1+1?", "2", ("2", "two"), "number"))
     '{"answer": "2", "id": "a/test/1", "kind": "number", "references": ["2", "two"], "task": "a"}'
+
+    The texts of lettered options stand beside it where a row has them.
     """
     known = {"id": row.id, "task": row.task, "kind": row.kind, "answer": row.answer, "references": row.references}
     known |= {"options": row.options} if row.options else {}
@@ -120,26 +122,32 @@ def _easyr1_file(directory: Path, split: str) -> Path:
 
 def _llamafactory(prepared: Path, splits: Sequence[str], target: Path, preset: str, style: Style) -> Path:
     """ShareGPT records in a JSON list a split; every picture once, under the hash of its bytes."""
-    info = read_json(target / "dataset_info.json")
     for split in splits:
         name = f"{prepared.name}_{split}"
         with atomic_path(target / f"{name}.json") as path, path.open("w", encoding="utf-8") as file:
             file.write("[")
             for number, row in enumerate(stream_split(prepared / split, decode=False)):
                 file.write(",\n" if number else "\n")
-                file.write(json.dumps(_sharegpt(row, target, preset, style), ensure_ascii=False))
+                record = sharegpt_record(row, row.images, target, preset, style)
+                file.write(json.dumps(record, ensure_ascii=False))
             file.write("\n]\n")
-        columns = {"messages": "messages", "images": "images"}
-        # With tags given, those left out are none, not their defaults: no row has a system turn.
-        info[name] = {"file_name": f"{name}.json", "formatting": "sharegpt", "columns": columns, "tags": _TAGS}
-    write_json_atomic(target / "dataset_info.json", info)
+        write_info(target, name)
     return target
 
 
-def _sharegpt(row: Example, target: Path, preset: str, style: Style) -> dict[str, Any]:
+def write_info(target: Path, name: str) -> None:
+    """Enter ``NAME.json``, a list of ShareGPT records, into LLaMA-Factory's ``dataset_info.json``."""
+    columns = {"messages": "messages", "images": "images"}
+    # With tags given, those left out are none, not their defaults: no row has a system turn.
+    entry = {"file_name": f"{name}.json", "formatting": "sharegpt", "columns": columns, "tags": _TAGS}
+    write_json_atomic(target / "dataset_info.json", {**read_json(target / "dataset_info.json"), name: entry})
+
+
+def sharegpt_record(row: Example, pictures: Sequence[bytes], target: Path, preset: str, style: Style) -> dict[str, Any]:
+    """A row as LLaMA-Factory reads it; its pictures are written below ``target`` unless they are there."""
     question = {"role": "user", "content": user_text(row, style, preset)}
     answer = {"role": "assistant", "content": target_text(row, style)}
-    return {"id": row.id, "messages": [question, answer], "images": [_media(data, target) for data in row.images]}
+    return {"id": row.id, "messages": [question, answer], "images": [_media(data, target) for data in pictures]}
 
 
 def _media(data: bytes, target: Path) -> str:

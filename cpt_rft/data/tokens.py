@@ -40,6 +40,10 @@ class PromptCounter:
         found = len(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
         return found + sum(pictures) - len(pictures)  # each picture had one pad already
 
+    def tokens(self, text: str) -> int:
+        """Tokens of a text without any frame."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     @cached_property
     def _tokenizer(self) -> "Tokenizer":
         from tokenizers import Tokenizer

@@ -10,6 +10,22 @@ from cpt_rft.config.engine import EngineConfig
 from cpt_rft.config.methods import MethodConfig
 
 _DIGITS = 6
+ARTEFACTS_NAME = "artefacts"
+
+
+@dataclass(frozen=True)
+class EarlierStage:
+    """A stage before this one in its chain.
+
+    Attributes:
+        tasks: What it trained on.
+        data: Its training rows, one parquet file a task.
+        artefacts: What it left for later stages beside its checkpoint; absent where it left nothing.
+    """
+
+    tasks: tuple[str, ...]
+    data: tuple[Path, ...]
+    artefacts: Path
 
 
 @dataclass(frozen=True)
@@ -17,8 +33,8 @@ class Stage:
     """One training job.
 
     Attributes:
-        directory: Work directory of the stage. The engine writes ``checkpoint/`` and ``train/log.jsonl`` into it, and
-            ``resume/`` while it trains.
+        directory: Work directory of the stage. The engine writes ``checkpoint/`` and ``train/log.jsonl`` into it,
+            ``artefacts/`` if later stages need more than the checkpoint, and ``resume/`` while it trains.
         parent: Checkpoint to start from.
         base: Base checkpoint of the sequence, the reference policy.
         tasks: One task, or all of them for joint training.
@@ -28,6 +44,7 @@ class Stage:
         prompt_preset: Which prompt suffixes.
         seed: Training seed.
         seed_path: Prefix of every seed that belongs to this stage.
+        history: The stages before this one, in order.
     """
 
     directory: Path
@@ -40,6 +57,7 @@ class Stage:
     prompt_preset: str
     seed: int
     seed_path: tuple[str | int, ...]
+    history: tuple[EarlierStage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,11 +82,15 @@ class StepLog:
         tokens: Target or completion tokens in the loss.
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
+        rollout_gap_mean: Mean of that difference.
+        rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
+        replayed: Rows of earlier tasks in the step.
+        penalty: What holds the model back, summed, as it was differentiated beside the loss.
         reward_variance: Mean over prompts of the unbiased variance of the rewards of a prompt's completions.
         all_right: Share of groups whose completions are all right by the strict score.
         all_wrong: Share of groups whose completions are all wrong by it.
         grad_norm_right: Norm of the share of the all-right groups in the gradient, where there are any; in the first
-            step of a stage and every tenth after it.
+            step of a stage and every twentieth after it.
         grad_norm_mixed: The same of the groups with right and wrong completions.
         grad_norm_wrong: The same of the all-wrong groups.
     """
@@ -90,6 +112,10 @@ class StepLog:
     zero_variance: float | None = None
     entropy: float | None = None
     rollout_gap: float | None = None
+    rollout_gap_mean: float | None = None
+    rounded_groups: int | None = None
+    replayed: int | None = None
+    penalty: float | None = None
     reward_variance: float | None = None
     all_right: float | None = None
     all_wrong: float | None = None
@@ -122,6 +148,10 @@ class Engine(Protocol):
 
 def get_engine(config: EngineConfig) -> Engine:
     """The engine that a configuration names."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
+
+        return LlamaFactoryEngine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -129,6 +159,10 @@ def get_engine(config: EngineConfig) -> Engine:
 
 def resolve_engine(config: EngineConfig) -> EngineConfig:
     """The same configuration with ``auto`` replaced by what this machine has; done once a run, then kept."""
+    if config.name == "llamafactory":
+        from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
+
+        return resolve_llamafactory(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)

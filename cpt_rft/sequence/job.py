@@ -11,6 +11,7 @@ from cpt_rft.config.schema import Experiment
 from cpt_rft.engines.base import StepLog
 from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.manifest import check_checkpoint
+from cpt_rft.sequence.history import anew, judges_of
 from cpt_rft.sequence.lineage import StageState, first_problem, survey
 from cpt_rft.sequence.plan import (
     Chain,
@@ -120,7 +121,8 @@ def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
     from eval.contract import asked_vision
 
     verify_checkpoint(base)
-    trained, scored = VisionSpec.read(base), asked_vision(base, experiment.evaluation)
+    trained = VisionSpec.read(base).with_limits(*experiment.engine.pixel_limits)
+    scored = asked_vision(base, experiment.evaluation)
     if trained != scored:
         raise ConfigError(
             f"Training follows the files of {base}, scoring would not: {'; '.join(spec_differences(trained, scored))}.",
@@ -155,7 +157,7 @@ def _do_base(run: Run, emit: Emit) -> None:
     run.base.check(full=True)
     evaluate_stage(
         run,
-        run.base.directory,
+        dict.fromkeys((*run.experiment.tasks, *run.experiment.evaluation.general), run.base.directory),
         run.base_directory / "eval",
         run.base.sha256,
         lambda done, total, what: meter.at(cost, done, total, f"scoring {what}"),
@@ -166,7 +168,7 @@ def _do_base(run: Run, emit: Emit) -> None:
 
 def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Emit) -> None:
     from cpt_rft.sequence.measure import measure_stage
-    from cpt_rft.sequence.stages import anew, evaluate_stage, train_stage
+    from cpt_rft.sequence.stages import evaluate_stage, train_stage
 
     training = {state.stage.name: training_cost(run.experiment, chain.method, state.stage) for state in todo}
     scoring = evaluation_cost(run.experiment)
@@ -189,13 +191,12 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
         if job.evaluate and not state.evaluated:
             if manifest is None:
                 raise CheckpointError(f"{stage.directory} is not there.", f"train {stage.name} first")
-            checkpoint = stage.directory / "checkpoint"
-            check_checkpoint(checkpoint, manifest.files, full=True, fix=anew(stage))
+            judges, weights = judges_of(run, chain, stage)
 
             def progress(done: int, total: int, what: str, where: str = where) -> None:
                 meter.at(scoring, done, total, f"{where} scoring {what}")
 
-            evaluate_stage(run, checkpoint, stage.directory / "eval", manifest.checkpoint_sha256, progress)
+            evaluate_stage(run, judges, stage.directory / "eval", weights, progress)
             meter.finish(scoring, f"{where} scored")
         if job.measure and not state.measured and manifest is not None and measuring[stage.name].rows:
             cost = measuring[stage.name]

@@ -1,6 +1,6 @@
 """Where every stage of a chain stands: what it should be, what is there, and whether the two agree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from cpt_rft.config.load import dump
 from cpt_rft.errors import StageError, UserError
 from cpt_rft.files import FileRecord, read_json, sha256_json, tree_problem
 from cpt_rft.manifest import Manifest, check_checkpoint, differences, read_manifest
+from cpt_rft.sequence.history import anew, check_artefacts, judged_weights
 from cpt_rft.sequence.measure import is_measured
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run, without_meters
@@ -62,23 +63,25 @@ def survey(run: Run, chain: Chain, *, full: bool = False) -> list[StageState]:
         full: Hash every file; otherwise names and sizes only.
     """
     states = []
+    learned: dict[str, str] = {}
     parent_identity = parent_weights = run.base.sha256
     for stage in chain.stages:
         identity = stage_identity(run, chain, stage, parent_identity)
         state = StageState(stage, identity)
         if stage.directory.exists():
-            state = _inspect(run, chain, state, parent_weights, full=full)
+            state = _inspect(run, chain, state, parent_weights, learned, full=full)
         states.append(state)
+        learned[stage.name] = state.manifest.checkpoint_sha256 if state.manifest else ""
         parent_identity = sha256_json(identity)
-        # Where the parent is to be made anew, its weights will be the same: the identity says so.
-        parent_weights = state.manifest.checkpoint_sha256 if state.manifest else ""
+        if not chain.method.adapter_per_task:
+            # Where the parent is to be made anew, its weights will be the same: the identity says so.
+            parent_weights = learned[stage.name]
     return states
 
 
 def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dict[str, Any]:
     """All that decides a stage's weights, as plain JSON."""
     experiment = run.experiment
-    engine = experiment.engine
     return {
         "format": 1,
         "parent": parent,
@@ -86,27 +89,32 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str) -> dic
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
         "method": dump(chain.method),
-        "engine": {"name": engine.name, "dtype": engine.dtype, "device": engine.device, "threads": engine.threads},
+        "engine": experiment.engine.identity(),
         "prompt_preset": experiment.data.prompt_preset,
         "seed": chain.seed,
         "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],
     }
 
 
-def _inspect(run: Run, chain: Chain, state: StageState, parent_weights: str, *, full: bool) -> StageState:
+def _inspect(
+    run: Run, chain: Chain, state: StageState, parent_weights: str, learned: Mapping[str, str], *, full: bool
+) -> StageState:
     stage = state.stage
-    anew = f"delete {stage.directory} and give the same command again to make the stage anew"
+    fix = anew(stage)
     try:
         manifest = read_manifest(stage.directory)
         found = differences(manifest.identity, state.identity)
         if found:
-            raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", anew)
+            raise StageError(f"{stage.directory} is another stage: {'; '.join(found[:3])}.", fix)
         if parent_weights and manifest.provenance["parent_sha256"] != parent_weights:
-            raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", anew)
-        check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=anew)
+            raise StageError(f"{stage.directory} was trained from other weights than its parent has now.", fix)
+        check_checkpoint(stage.directory / "checkpoint", manifest.files, full=full, fix=fix)
+        check_artefacts(stage.directory, manifest, full=full, fix=fix)
     except UserError as error:
         return StageState(stage, state.identity, problem=error)
-    evaluated = is_evaluated(run, stage.directory / "eval", manifest.checkpoint_sha256, full=full)
+    own = manifest.checkpoint_sha256
+    judged = judged_weights(chain, {**learned, stage.name: own}, own)
+    evaluated = is_evaluated(run, stage.directory / "eval", judged, full=full)
     return StageState(stage, state.identity, manifest, evaluated, is_measured(run, chain, stage, manifest))
 
 

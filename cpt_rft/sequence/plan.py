@@ -10,10 +10,10 @@ from cpt_rft.config.methods import GrpoMethod, MethodConfig
 from cpt_rft.config.nearest import nearest
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import ConfigError
+from cpt_rft.sequence.sizes import PROMPT_TOKENS, rows_and_tokens
 
 JOINT_STAGE = "multitask"
 # Estimates only; nothing depends on them but what `plan` prints and how far a progress bar moves.
-PROMPT_TOKENS = 48
 LABEL_TOKENS = {"direct": 4, "cot": 24}
 RECORD_BYTES = 600
 ROW_BYTES = 4096
@@ -159,24 +159,29 @@ class Cost:
 
 def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan) -> Cost:
     """What training a stage takes; completions count in full length."""
-    rows = experiment.data.train * len(stage.tasks)
-    prompts = rows * method.epochs
+    rows, read = rows_and_tokens(experiment.data, stage.tasks, "train", experiment.data.train)
+    epochs = method.epochs_of(stage.tasks)
+    prompts, read = rows * epochs, read * epochs
     steps = math.ceil(prompts / method.prompts_per_step)
+    if method.replay is not None and stage.index > 1:
+        extra = steps * method.replay.rows_per_step
+        prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
         completions = prompts * method.group * method.max_new_tokens
-        return Cost(rows, steps, prompts * PROMPT_TOKENS + completions, completions)
-    return Cost(rows, steps, prompts * (PROMPT_TOKENS + LABEL_TOKENS[method.style]), 0)
+        return Cost(rows, steps, read + completions, completions)
+    return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style], 0)
 
 
 def evaluation_cost(experiment: Experiment, *, base: bool = False) -> Cost:
     """What scoring one checkpoint on everything takes; the base model is sampled too."""
     evaluation = experiment.evaluation
     there: int = getattr(experiment.data, evaluation.split)
-    rows_a_task = min(evaluation.rows or there, there)
-    rows = rows_a_task * (len(experiment.tasks) + len(evaluation.general)) * len(evaluation.styles)
+    names = (*experiment.tasks, *evaluation.general)
+    rows, read = rows_and_tokens(experiment.data, names, evaluation.split, min(evaluation.rows or there, there))
+    rows, read = rows * len(evaluation.styles), read * len(evaluation.styles)
     written = sum(min(evaluation.max_new_tokens, LABEL_TOKENS[style]) for style in evaluation.styles)
     written = written * rows // len(evaluation.styles) * (1 + evaluation.base_samples * base)
-    return Cost(rows, 0, rows * PROMPT_TOKENS, written)
+    return Cost(rows, 0, read, written)
 
 
 def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Cost:
@@ -197,16 +202,27 @@ def measuring_cost(experiment: Experiment, chain: Chain, stage: StagePlan) -> Co
     return Cost(rows, steps, read, written)
 
 
-def disk_bytes(experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int) -> int:
-    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides."""
+def disk_bytes(
+    experiment: Experiment, chains: Sequence[Chain], checkpoint_bytes: int, workers: int, work_bytes: int | None = None
+) -> int:
+    """Peak size of a run directory: every checkpoint is kept; a stage in work holds weights and optimizer besides.
+
+    Args:
+        experiment: The study.
+        chains: What is to be run.
+        checkpoint_bytes: Size of a checkpoint.
+        workers: Chains side by side.
+        work_bytes: What a stage in work holds; none for four checkpoints, as in the local engine.
+    """
     stages = sum(len(chain.stages) for chain in chains)
+    left = sum(2 * len(chain.stages) for chain in chains if chain.method.ewc is not None)  # two numbers a weight
     data = experiment.data
     rows = len(experiment.tasks) * (data.train + data.dev + data.test) + len(experiment.evaluation.general) * (
         data.dev + data.test
     )
     records = (stages + 1 + experiment.evaluation.base_samples) * evaluation_cost(experiment).rows * RECORD_BYTES
-    in_work = min(workers, len(chains)) * 4 * checkpoint_bytes
-    return stages * checkpoint_bytes + in_work + rows * ROW_BYTES + records
+    in_work = min(workers, len(chains)) * (4 * checkpoint_bytes if work_bytes is None else work_bytes)
+    return (stages + left) * checkpoint_bytes + in_work + rows * ROW_BYTES + records
 
 
 def describe(experiment: Experiment, chains: Sequence[Chain]) -> Iterator[tuple[str, str, str, int, int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import EngineConfig, parse_engine
 from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import PreparedData, check_prepared, prepare
@@ -60,7 +60,7 @@ class Session:
         work = {job.label: _work(self.run, job) for job in jobs}
         experiment = self.run.experiment
         size = sum(record.size for record in self.run.base.files.values())
-        workers = worker_count(self.asked.workers, len(jobs), experiment.engine.threads, size)
+        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.engine.cores, size)
         ordered = sorted(jobs, key=lambda job: -work[job.label])
         with make_display(work) as display:
             self.pool.run(ordered, workers, display)
@@ -82,7 +82,7 @@ def open_session(asked: Experiment, say: Say, *, debug: bool = False) -> Iterato
             def preflight(experiment: Experiment, base: Path) -> EngineConfig:
                 say(f"checking {base} and this machine")
                 order = {"preflight": dump(experiment), "base": str(base)}
-                return EngineConfig.model_validate(pool.ask(order))
+                return parse_engine(pool.ask(order))
 
             run = make_run(directory, asked, preflight, lambda name: say(f"drawing {name}"))
             yield Session(run, asked, pool, say)

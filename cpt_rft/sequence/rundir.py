@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import ENGINES, EngineConfig
 from cpt_rft.config.load import dump, find_directory
 from cpt_rft.config.schema import METER_KEYS, Experiment
 from cpt_rft.data.prepare import LOCK_NAME, PreparedData, check_sources, prepare, wanted_splits
@@ -18,7 +18,9 @@ from cpt_rft.manifest import check_checkpoint, differences
 
 CONFIG_NAME = "config.json"
 # These can change between two starts of one run: they decide where and how fast, not what.
-_FREE = frozenset({"output", "workers", "base_model", "engine.save_every", "engine.max_skipped_steps"})
+_FREE = frozenset({"output", "workers", "base_model"}) | {
+    f"engine.{key}" for engine in ENGINES.values() for key in engine.FREE
+}
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,8 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
         StageError: Anything else differs; both values are shown.
     """
     there, new = dump(stored), dump(asked)
-    for key in ("dtype", "device"):
-        if new["engine"][key] == "auto":
+    for key, value in new["engine"].items():
+        if value == "auto" and key in there["engine"]:  # it was resolved when the directory was made
             new["engine"][key] = there["engine"][key]
     grown: dict[str, Any] = {
         "methods": {**there["methods"], **new["methods"]},

@@ -2,14 +2,13 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cpt_rft.checkpoint import verify_checkpoint
-from cpt_rft.data.parquet import read_split, rows_hash
-from cpt_rft.engines.base import Stage, StepLog, get_engine
-from cpt_rft.errors import CheckpointError, DataError, UserError
+from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog, get_engine
+from cpt_rft.errors import CheckpointError, UserError
 from cpt_rft.files import hash_tree, publish_directory, read_json, read_json_lines, sha256_json, write_json_atomic
 from cpt_rft.manifest import (
     MANIFEST_NAME,
@@ -20,6 +19,7 @@ from cpt_rft.manifest import (
     read_manifest,
     write_manifest,
 )
+from cpt_rft.sequence.history import anew, check_artefacts, check_rows, history_of
 from cpt_rft.sequence.lineage import EVALUATION_NAME, evaluation_key
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
@@ -39,10 +39,11 @@ def train_stage(
         TrainingError: Training cannot go on.
     """
     parent, parent_sha256 = parent_of(run, chain, stage)
+    history = history_of(run, chain, stage)
     if not _is_ready(stage.partial, identity):
         begun = _begin(stage.partial, identity)
         for task in stage.tasks:
-            _check_rows(run, task)
+            check_rows(run, task)
         work = Stage(
             directory=stage.partial,
             parent=parent,
@@ -54,11 +55,13 @@ def train_stage(
             prompt_preset=run.experiment.data.prompt_preset,
             seed=chain.seed,
             seed_path=tuple(identity["seed_path"]),
+            history=history,
         )
         get_engine(run.experiment.engine).train(work, report)
         verify_checkpoint(stage.partial / "checkpoint")
         provenance = make_provenance(
             stage.partial / "checkpoint",
+            artefacts=stage.partial / ARTEFACTS_NAME,
             code=begun["code"],
             started=begun["started"],
             train_seconds=sum(line["seconds"] for line in read_json_lines(stage.partial / "train" / "log.jsonl")),
@@ -71,15 +74,21 @@ def train_stage(
 
 
 def evaluate_stage(
-    run: Run, checkpoint: Path, out: Path, weights: str, progress: Callable[[int, int, str], None], *, samples: int = 0
+    run: Run,
+    judges: Mapping[str, Path],
+    out: Path,
+    weights: str,
+    progress: Callable[[int, int, str], None],
+    *,
+    samples: int = 0,
 ) -> None:
-    """Score a checkpoint on every task and general ability, and note that the records are complete.
+    """Score a stage on every task and general ability, and note that the records are complete.
 
     Args:
         run: The run directory.
-        checkpoint: What to score; its files were checked.
+        judges: The checkpoint that answers, by task and general ability; their files were checked.
         out: Directory of the records.
-        weights: Hash of the checkpoint.
+        weights: Hash of all that answer.
         progress: Told rows done, rows in all and what is being answered.
         samples: Answers a row at temperature 1 besides the greedy one.
     """
@@ -91,23 +100,31 @@ def evaluate_stage(
         shutil.rmtree(out)
     out.mkdir(exist_ok=True)
     write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": None})
-    evaluate_checkpoint(
-        checkpoint,
-        {name: run.data.path(name, config.split) for name in (*experiment.tasks, *config.general)},
-        out,
-        config,
-        experiment.data.prompt_preset,
-        samples=samples,
-        device=experiment.engine.device,
-        progress=progress,
-    )
+    finished = 0
+    for checkpoint in dict.fromkeys(judges.values()):
+        names = [name for name, judge in judges.items() if judge == checkpoint]
+
+        def part(done: int, total: int, what: str, before: int = finished, share: int = len(names)) -> None:
+            progress(before * total + share * done, len(judges) * total, what)
+
+        evaluate_checkpoint(
+            checkpoint,
+            {name: run.data.path(name, config.split) for name in names},
+            out,
+            config,
+            experiment.data.prompt_preset,
+            samples=samples,
+            device=experiment.engine.device,
+            progress=part,
+        )
+        finished += len(names)
     files = {name: list(record) for name, record in hash_tree(out).items() if name != EVALUATION_NAME}
     write_json_atomic(out / EVALUATION_NAME, {"key": key, "files": files})
 
 
 def parent_of(run: Run, chain: Chain, stage: StagePlan) -> tuple[Path, str]:
     """The checkpoint to start from and its hash, every byte checked."""
-    if stage.index == 1:
+    if stage.index == 1 or chain.method.adapter_per_task:
         run.base.check(full=True)
         return run.base.directory, run.base.sha256
     before = chain.stages[stage.index - 2]
@@ -116,11 +133,6 @@ def parent_of(run: Run, chain: Chain, stage: StagePlan) -> tuple[Path, str]:
     manifest = read_manifest(before.directory)
     check_checkpoint(before.directory / "checkpoint", manifest.files, full=True, fix=anew(before))
     return before.directory / "checkpoint", manifest.checkpoint_sha256
-
-
-def anew(stage: StagePlan) -> str:
-    """How to make a stage again."""
-    return f"delete {stage.directory} and give the same command again to make the stage anew"
 
 
 def _begin(partial: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +154,7 @@ def _is_ready(partial: Path, identity: dict[str, Any]) -> bool:
     try:
         manifest = read_manifest(partial)
         check_checkpoint(partial / "checkpoint", manifest.files, full=True, fix="")
+        check_artefacts(partial, manifest, full=True, fix="")
     except UserError:
         return False
     return manifest.identity == identity
-
-
-def _check_rows(run: Run, task: str) -> None:
-    path = run.data.path(task, "train")
-    if rows_hash(read_split(path)) != run.data.hashes[f"{task}/train"]:
-        fix = f"delete {run.data.directory} and give the same command again; the same rows are drawn"
-        raise DataError(f"{path} holds other rows than were prepared.", fix)

@@ -14,9 +14,11 @@ from cpt_rft.errors import UserError
 from cpt_rft.files import list_tree
 from cpt_rft.manifest import code_sha256
 from cpt_rft.sequence.lineage import is_evaluated, survey
+from cpt_rft.sequence.native import native_lines, native_plan
 from cpt_rft.sequence.plan import Chain, Selection, describe, disk_bytes
 from cpt_rft.sequence.pool import worker_count
 from cpt_rft.sequence.rundir import Run, read_run
+from cpt_rft.sequence.sizes import measured
 
 Json = dict[str, Any]
 
@@ -27,17 +29,20 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
     chains = selection.chains(experiment, directory)
     base = find_directory(experiment.base_model)
     size = sum((base / name).stat().st_size for name in list_tree(base)) if base.is_dir() else 0
-    workers = worker_count(experiment.workers, len(chains), experiment.engine.threads, size)
+    workers = worker_count(experiment.asked_workers, len(chains), experiment.engine.cores, size)
     existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
     keys = ("chain", "stage", "parent", "rows", "steps", "tokens")
+    outside = native_plan(experiment, chains, base)
     return {
         "experiment": experiment.name,
         "output": experiment.output,
         "base_model": str(base) if base.is_dir() else f"{base} (missing)",
         "workers": workers,
-        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers),
+        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, outside.get("work_bytes")),
         "disk_free_bytes": shutil.disk_usage(existing).free,
+        "guessed": not measured(experiment.data, experiment.tasks),
         "stages": [dict(zip(keys, row, strict=True)) for row in describe(experiment, chains)],
+        **({"native": outside} if outside else {}),
     }
 
 
@@ -61,7 +66,9 @@ def plan_table(result: Json) -> tuple[Table, str]:
         f" {result['workers']} side by side;"
         f" disk at the peak about {_mib(result['disk_peak_bytes'])}, free {_mib(result['disk_free_bytes'])}"
     )
-    return table, line
+    if result["guessed"]:
+        line += "; rows and tokens are guesses until the data is prepared"
+    return table, "\n".join([line, *native_lines(result.get("native", {}))])
 
 
 def status(experiment: Experiment, selection: Selection, *, verify: bool) -> Json:

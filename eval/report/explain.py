@@ -29,8 +29,9 @@ def scatters(results: Json, arms: Sequence[Series], score: str) -> Figure | None
     caption = (
         "Each mark is one stage of one sequence: across, what was measured; up, how the score on the old tasks changed"
         f" ({SCORE_NAMES[score]}, points), below zero where they were forgotten. \N{GREEK SMALL LETTER RHO} is"
-        " Spearman's rank correlation with its 95 % interval over sequences. Correlation only: stage, method and prompt"
-        " style move both sides, so what holds within a method (in the numbers) says more than what holds over all."
+        " Spearman's rank correlation, with a 95 % interval where sequences allow one. Correlation only: stage,"
+        " method and prompt style move both sides, so what holds within a method (in the numbers) says more than"
+        " what holds over all."
     )
     return Figure(tuple(drawings), caption, relation_sheet(results))
 
@@ -67,7 +68,7 @@ def _panel(results: Json, arms: Sequence[Series], cause: Cause, entry: Json, sco
 def _ticks(x: Scale, *, wide: bool) -> list[tuple[float, str]]:
     """Places on the axis and their labels; a logarithmic axis has powers of ten, or 1, 2 and 5 where it is short."""
     if not wide:
-        return [(tick, f"{tick:g}".replace("-", MINUS)) for tick in x.ticks(3)]
+        return [(tick, f"{tick:g}".replace("-", MINUS)) for tick in x.ticks()]
     powers = range(math.floor(x.low), math.ceil(x.high) + 1)
     factors = (1,) if x.high - x.low > 2 else (1, 3)
     step = max(1, round((x.high - x.low) / 4))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import parse_engine
 from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import write_split
@@ -61,7 +61,7 @@ def make_stage(
         tasks=(TASK,),
         data=(data,),
         method=method,
-        engine=EngineConfig(**settings),
+        engine=parse_engine(settings),
         prompt_preset="miniature",
         seed=0,
         seed_path=("test", method.name, 0, TASK),

@@ -4,9 +4,11 @@ Answers follow a simple law: an arm knows task j with a chance that rises when j
 later stage by the arm's own forgetting; every row has a threshold of its own, so that rows flip as a model's do.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from cpt_rft.config.contracts import Decoding
@@ -18,6 +20,8 @@ from cpt_rft.prompts import Style
 from cpt_rft.scoring import score
 from cpt_rft.seeds import python_random
 from eval.contract import evaluation_contract
+from eval.explain import relations
+from eval.meters import PAIRS, UPDATES
 from eval.records import Record, record_of, record_path, write_contract, write_records
 
 TASKS = ("mini_scienceqa", "mini_textvqa", "mini_vizwiz", "mini_gqa")
@@ -106,6 +110,31 @@ def _write_run(
                 _publish(chain / f"{number}_{task}", name, seed, number)
                 writer.stage(chain / f"{number}_{task}" / "eval", ARMS[name], tasks[:number], tasks, seed=seed)
     return directory
+
+
+def with_meters(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as if everything had been measured: all drift and risk grows as a stage's old tasks lose."""
+    results = copy.deepcopy(results)
+    for method in results["methods"].values():
+        for seed in method["seeds"].values():
+            for stage in seed["stages"]:
+                lost = [-(stage[effect]["strict"] or 0.0) for effect in ("change", "bwt")]
+                sides = ("new", "old") if stage["stage"] > 1 else ("new",)
+                stage["drift"] = {
+                    pair: {side: dict.fromkeys(("token", "sequence"), _span(lost["base" in pair])) for side in sides}
+                    for pair in PAIRS
+                }
+                update = {"risk": _span(lost[0]), "diagonal": _span(lost[0])[0], "squared_norm": 2.0}
+                update |= {"per_norm": _span(lost[0])[0] / 2}
+                claim = {"reward_variance": 0.2, "sft": 10.0, "rft": 3.0, "predicted": 2.0}
+                if len(sides) > 1:
+                    stage["fisher"] = {**dict.fromkeys((*UPDATES, "own"), update), "claim": claim}
+    return {**results, "explained": relations(results["methods"])}
+
+
+def _span(lost: float) -> list[float]:
+    value = float(2.0 ** (lost / 10))
+    return [value, 0.8 * value, 1.2 * value]
 
 
 def _publish(stage: Path, method: str, seed: int, number: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_rft import cli
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import EngineConfig, parse_engine
 from cpt_rft.config.load import load_experiment
 from cpt_rft.config.schema import Experiment
 from cpt_rft.files import sha256_file
@@ -78,7 +78,7 @@ class Tiny:
         self.directory.mkdir(exist_ok=True)
 
         def resolve(experiment: Experiment, base: Path) -> EngineConfig:
-            return EngineConfig.model_validate(preflight(experiment, base))
+            return parse_engine(preflight(experiment, base))
 
         make_run(self.directory, self.experiment(), resolve, lambda name: None)
 

@@ -5,13 +5,15 @@ all of its completions; linear layers see real tokens only; the last layer compu
 of contexts; picture tokens come from `vision`. Logits and gradients equal those of the stock model up to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cpt_rft.checkpoint import EncodedPrompt
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_contexts
@@ -56,6 +58,15 @@ def pad(x: Tensor, slots: Tensor, size: int) -> Tensor:
 def unpad(x: Tensor, slots: Tensor) -> Tensor:
     """Pick (N, ...) out of (size, ...) at distinct slots."""
     out: Tensor = _Unpad.apply(x, slots)
+    return out
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The function's value; what it computes on the way is not kept but computed again in the backward pass.
+
+    Source: Chen et al., arXiv 1604.06174, by torch's own checkpointing.
+    """
+    out: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return out
 
 
@@ -113,9 +124,14 @@ class Network:
         x = torch.cat([self._embed_contexts(contexts), self.decoder.embed_tokens(blocks.ids)])
         cos, sin = self._angles(torch.cat([contexts.positions, blocks.positions], dim=1))
         plan = _Plan(contexts, blocks)
-        for layer in self.layers[:-1]:
+
+        def through(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             q, k, v = self._qkv(layer, x, cos, sin)
-            x = self._residual(layer, x, plan.attend_all(q, k, v, split))
+            return self._residual(layer, x, plan.attend_all(q, k, v, split))
+
+        step = partial(recomputed, through) if self.decoder.gradient_checkpointing else through
+        for layer in self.layers[:-1]:
+            x = step(layer, x, cos, sin)
         layer = self.layers[-1]
         k, v = self._kv(layer, h := rms_norm(x, layer.input_layernorm), cos, sin)
         x, h, cos, sin = x[split:], h[split:], cos[split:], sin[split:]

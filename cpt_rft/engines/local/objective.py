@@ -33,6 +33,10 @@ class Objective(Protocol):
         """
         ...
 
+    def settled(self, step: int) -> bool:
+        """Whether the steps after this one need nothing of it but weights and optimiser, so that a run may resume."""
+        ...
+
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Runs of ``size`` items; the last may be shorter.

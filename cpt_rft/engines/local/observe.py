@@ -1,18 +1,19 @@
 """What explains forgetting, seen while training: how hard each kind of group pulls at the weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from cpt_rft.engines.local.team import Team
 from cpt_rft.scoring import Score
 
 Kind = Literal["right", "mixed", "wrong"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Steps from one measurement of the gradient by kind of group to the next, the first of a stage included. It takes a
 #: backward pass of its own for each kind that is there, which leaves the update's bits alone.
-OBSERVE_EVERY = 10
+OBSERVE_EVERY = 20
 
 
 def kind_of(scores: Iterable[Score]) -> Kind:
@@ -40,21 +41,27 @@ class GradientMeter:
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.sums: dict[Kind, Tensor | None] = {kind: None for kind in KINDS if kind in kinds}
 
-    def add(self, loss_N: Tensor, kinds_N: Sequence[Kind], tokens: int) -> None:
+    def add(self, losses: Mapping[Kind, Tensor]) -> None:
         """The share of a micro-batch, before its graph is used for the update.
 
         Args:
-            loss_N: Loss of each completion token.
-            kinds_N: Kind of the group of each token.
-            tokens: Completion tokens of the whole step.
+            losses: The share of each kind's groups in the loss of the step.
         """
-        for kind in dict.fromkeys(kinds_N):
-            chosen_N = torch.tensor([each == kind for each in kinds_N], device=loss_N.device)
-            loss = torch.where(chosen_N, loss_N, torch.zeros_like(loss_N)).sum() / tokens
+        for kind, loss in losses.items():
             parts = torch.autograd.grad(loss, self.weights, retain_graph=True, materialize_grads=True)
             flat = torch.cat([part.float().flatten() for part in parts])
             before = self.sums[kind]
             self.sums[kind] = flat if before is None else before + flat
+
+    def share(self, team: Team) -> None:
+        """Add up the shares of all processes of the step."""
+        for kind, gradient in self.sums.items():
+            # A kind that is left out everywhere stays left out.
+            if team.size > 1 and team.total(gradient is not None):
+                zeros = (torch.zeros(weight.numel(), device=weight.device) for weight in self.weights)
+                whole = torch.cat(list(zeros)) if gradient is None else gradient
+                team.add_up(whole)
+                self.sums[kind] = whole
 
     def norms(self) -> dict[str, float]:
         """``grad_norm_<kind>`` of every kind that is there: zero for a group that was left out of the update."""

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cpt_rft.checkpoint import released_name
 from cpt_rft.config.methods import MethodConfig
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.errors import TrainingError
 
 
@@ -20,25 +22,38 @@ class StepOutcome(NamedTuple):
 
 
 class Optimiser:
-    """AdamW over all weights of a model as one flat vector.
+    """AdamW over all trained weights of a model as one flat vector.
 
     The model's parameters become views of one buffer in the arithmetic's dtype, their gradients views of another:
     clipping and the update are then one operation each instead of one a parameter. Gradients of micro-batches add up
     in float32.
 
     Args:
-        model: A float32 model; its parameters are replaced in place by parameters of ``dtype``.
+        model: A float32 model; its parameters are replaced in place by parameters of ``dtype``. Those that need no
+            gradient stay as they are and are no part of the vector.
         method: Learning rate, schedule, decay, clipping.
         steps: Steps of the stage.
         dtype: Arithmetic of forward and backward.
         max_skipped: More steps than this without a finite loss and gradient end the stage.
+        team: The processes whose gradients are added up.
     """
 
     def __init__(
-        self, model: nn.Module, method: MethodConfig, steps: int, *, dtype: torch.dtype, max_skipped: int
+        self,
+        model: nn.Module,
+        method: MethodConfig,
+        steps: int,
+        *,
+        dtype: torch.dtype,
+        max_skipped: int,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.method, self.steps, self.max_skipped, self.skipped = method, steps, max_skipped, 0
-        named = list(model.named_parameters())
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.shapes = {name: parameter.shape for name, parameter in named}
         self.master = nn.Parameter(torch.cat([parameter.detach().float().flatten() for _, parameter in named]))
         self.master.grad = torch.zeros_like(self.master)
@@ -73,6 +88,7 @@ class Optimiser:
         """
         gradient = self.master.grad
         assert gradient is not None
+        self.team.add_up(gradient)
         lr = learning_rate(self.method, step, self.steps)
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -91,6 +107,29 @@ class Optimiser:
         gradient.zero_()
         self._publish()
         return StepOutcome(norm, lr, True)
+
+    def take(self) -> dict[str, Tensor]:
+        """The gradient gathered since the last step, by name, for another purpose than a step."""
+        assert self.master.grad is not None
+        gradient = self.master.grad.clone()
+        self.master.grad.zero_()
+        return dict(zip(self.shapes, self._views(gradient), strict=True))
+
+    def flat(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Something that has a number a weight, by its released name or the one in memory, as one vector of ours."""
+        released = {released_name(name): value for name, value in weights.items()}
+        pieces = [released[released_name(name)].detach().flatten() for name in self.shapes]
+        return torch.cat([piece.to(self.master.device, torch.float32) for piece in pieces])
+
+    def named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same by the names in memory."""
+        return dict(zip(self.shapes, self._views(self.flat(weights)), strict=True))
+
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from other weights."""
+        with torch.no_grad():
+            self.master.copy_(self.flat(weights))
+        self._publish()
 
     def named_weights(self) -> dict[str, Tensor]:
         """The float32 weights by name.

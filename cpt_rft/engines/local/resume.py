@@ -33,7 +33,7 @@ class Journal:
 
     def open(self) -> Progress | None:
         """The resume point, with the log cut to the same step; none, with an empty log, to start from the beginning."""
-        progress = self._load()
+        progress = self.load()
         lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
         if progress is None or len(lines) < progress.step:
             self.log.write_text("")
@@ -59,7 +59,8 @@ class Journal:
         self.state.unlink(missing_ok=True)
         self.state.parent.rmdir()
 
-    def _load(self) -> Progress | None:
+    def load(self) -> Progress | None:
+        """The resume point, if it is whole and of this very stage."""
         if not self.state.exists():
             return None
         try:
@@ -72,8 +73,11 @@ class Journal:
 
 
 def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
-    """A hash of what decides the bits of a stage: configuration, seeds, weights at its start, rows."""
+    """A hash of what decides the bits of a stage: settings, seeds, weights at its start, its rows, what came before."""
     files = {str(index): sha256_file(path) for index, path in enumerate(stage.data)}
+    for place, earlier in enumerate(stage.history):
+        left = sorted(path for path in earlier.artefacts.rglob("*") if path.is_file())
+        files |= {f"{place}/{path.name}": sha256_file(path) for path in [*earlier.data, *left]}
     for name, checkpoint in (("parent", stage.parent), ("base", stage.base)):
         files |= {f"{name}/{path.name}": sha256_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
     return sha256_json(
@@ -84,6 +88,7 @@ def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
             "preset": stage.prompt_preset,
             "seed": [stage.seed, *stage.seed_path],
             "tasks": list(stage.tasks),
+            "processes": stage.engine.processes,
             "threads": stage.engine.threads,
         }
     )

@@ -25,11 +25,17 @@ def resolve(config: EngineConfig) -> EngineConfig:
     return config.model_copy(update={"device": device, "dtype": dtype})
 
 
-def prepare(config: EngineConfig) -> tuple[torch.dtype, str]:
-    """Set the threads of this process and give the arithmetic and the device of a configuration."""
+def prepare(config: EngineConfig, rank: int | None = None) -> tuple[torch.dtype, str]:
+    """Set the threads of this process and give the arithmetic and the device of a configuration.
+
+    Args:
+        config: The configuration.
+        rank: Number of this process among several of a stage, which on GPUs take one each; none for one alone.
+    """
     resolved = resolve(config)
     torch.set_num_threads(resolved.threads)
-    return _DTYPES[resolved.dtype], resolved.device
+    spread = rank is not None and resolved.device == "cuda"
+    return _DTYPES[resolved.dtype], f"cuda:{rank}" if spread else resolved.device
 
 
 def _has_bfloat16(device: str) -> bool:

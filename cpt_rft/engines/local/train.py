@@ -3,74 +3,162 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cpt_rft.algos.wise_ft import averaged_weights
 from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
-from cpt_rft.engines.base import Stage, StepLog
+from cpt_rft.config.engine import LocalConfig
+from cpt_rft.data.example import Example
+from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.grpo import GrpoObjective
+from cpt_rft.engines.local.importance import leave_importance
+from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
 from cpt_rft.engines.local.objective import Objective
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.parallel import train_together
+from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
+from cpt_rft.engines.local.team import ALONE, Team
+from cpt_rft.seeds import derive_seed
 
 
 class LocalEngine:
-    """Trains in this process."""
+    """Trains in this process, or in several that it starts."""
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
-        dtype, device = prepare(stage.engine)
-        batches = stage_batches(stage)
-        policy = load_policy(stage.parent, device=device)
-        optimiser = Optimiser(
-            policy.model, stage.method, len(batches), dtype=dtype, max_skipped=stage.engine.max_skipped_steps
+        processes = local_config(stage).processes
+        if processes > 1:
+            train_together(stage, processes, report)
+        else:
+            train_stage(stage, ALONE, report)
+
+
+def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> None:
+    """This process's share of a stage; the one that leads writes everything."""
+    engine = local_config(stage)
+    dtype, device = prepare(engine, team.rank if team.size > 1 else None)
+    batches = stage_batches(stage)
+    policy = load_policy(stage.parent, device=device)
+    policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
+    adapter = make_adapter(stage, policy)
+    optimiser = Optimiser(
+        policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps, team=team
+    )
+    objective = make_objective(stage, policy, batches, dtype, device, team)
+    restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
+    journal = Journal(stage, stage_fingerprint(stage, dtype))
+    begin = _resume(journal, optimiser, team)
+    for step in range(begin, len(batches)):
+        started = time.perf_counter()
+        rows = batches[step]
+        new = [row for row in rows if row.task in stage.tasks]
+        result = objective.gradients(step, rows, optimiser.backward)
+        penalty = sum(restraint.gradients(new, optimiser.backward) for restraint in restraints)
+        outcome = optimiser.step(step, result.loss + penalty)
+        fields: dict[str, Any] = {key: _finite(value) for key, value in result.fields.items()}
+        line = StepLog(
+            step=step + 1,
+            steps=len(batches),
+            loss=result.loss if math.isfinite(result.loss) else None,
+            lr=outcome.lr,
+            grad_norm=outcome.grad_norm,
+            skipped=optimiser.skipped,
+            seconds=time.perf_counter() - started,
+            replayed=len(rows) - len(new) if stage.method.replay else None,
+            penalty=_finite(penalty) if restraints else None,
+            **fields,
         )
-        objective = make_objective(stage, policy, dtype, device)
-        journal = Journal(stage, stage_fingerprint(stage, dtype))
-        progress = journal.open()
-        if progress is not None:
-            optimiser.restore(progress.optimiser)
-        for step in range(progress.step if progress else 0, len(batches)):
-            started = time.perf_counter()
-            result = objective.gradients(step, batches[step], optimiser.backward)
-            outcome = optimiser.step(step, result.loss)
-            fields: dict[str, Any] = {key: _finite(value) for key, value in result.fields.items()}
-            line = StepLog(
-                step=step + 1,
-                steps=len(batches),
-                loss=result.loss if math.isfinite(result.loss) else None,
-                lr=outcome.lr,
-                grad_norm=outcome.grad_norm,
-                skipped=optimiser.skipped,
-                seconds=time.perf_counter() - started,
-                **fields,
-            )
-            journal.write(line)
-            report(line)
-            if (step + 1) % stage.engine.save_every == 0 and step + 1 < len(batches):
-                journal.save(Progress(step + 1, optimiser.state()))
-        checkpoint = stage.directory / "checkpoint"
-        shutil.rmtree(checkpoint, ignore_errors=True)  # left by a process that was killed at this very point
-        save_checkpoint(optimiser.named_weights(), checkpoint, source=stage.parent)
+        if not team.leads:
+            continue
+        journal.write(line)
+        report(line)
+        if (step + 1) % engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
+            journal.save(Progress(step + 1, optimiser.state()))
+    if team.leads:
+        _publish(stage, policy, optimiser, adapter)
         journal.close()
 
 
-def make_objective(stage: Stage, policy: Policy, dtype: torch.dtype, device: str) -> Objective:
+def local_config(stage: Stage) -> LocalConfig:
+    """The configuration of this engine, which `get_engine` chose by it."""
+    assert isinstance(stage.engine, LocalConfig)
+    return stage.engine
+
+
+def _resume(journal: Journal, optimiser: Optimiser, team: Team) -> int:
+    """Take up the resume point, if there is one that can be used; returns the steps that are done."""
+    progress = journal.open() if team.leads else None
+    done = team.told(progress.step if progress else 0)
+    if done and not team.leads:
+        progress = journal.load()
+    if progress is not None:
+        optimiser.restore(progress.optimiser)
+    return done
+
+
+def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None) -> None:
+    """Write the checkpoint and what later stages need beside it, anew if a process was killed at this very point."""
+    checkpoint, artefacts = stage.directory / "checkpoint", stage.directory / ARTEFACTS_NAME
+    for left in (checkpoint, artefacts):
+        shutil.rmtree(left, ignore_errors=True)
+    weights = published_weights(stage, optimiser, adapter)
+    save_checkpoint(weights, checkpoint, source=stage.parent)
+    if adapter is not None:
+        adapter.save(artefacts / ADAPTER_NAME, optimiser.named_weights())
+    if stage.method.ewc is not None:
+        optimiser.assign(weights)
+        leave_importance(stage, policy, optimiser, stage.method.ewc)
+
+
+def make_adapter(stage: Stage, policy: Policy) -> Adapter | None:
+    """The adapters of a stage that trains nothing else, or none."""
+    settings = stage.method.lora
+    return None if settings is None else Adapter(policy.model, settings, derive_seed(*stage.seed_path, "lora"))
+
+
+def make_objective(
+    stage: Stage,
+    policy: Policy,
+    batches: Sequence[Sequence[Example]],
+    dtype: torch.dtype,
+    device: str,
+    team: Team = ALONE,
+) -> Objective:
     """The objective of a stage; the reference policy is loaded only where it is needed."""
     method = stage.method
     if method.kind == "sft":
-        return SftObjective(policy, method, stage.prompt_preset)
+        return SftObjective(policy, method, stage.prompt_preset, team)
     reference = None
     if method.kl_coef > 0:
         directory = stage.base if method.kl_reference == "base" else stage.parent
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
-    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path)
+    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches, team)
+
+
+def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
+    """The float32 weights that the stage hands on, by name.
+
+    Raises:
+        TrainingError: A weight is not finite.
+    """
+    weights = optimiser.named_weights()
+    average = stage.method.average
+    if average is None and adapter is None:
+        return weights
+    start = dict(load_policy(stage.parent).model.named_parameters())
+    weights = {name: weight.cpu() for name, weight in weights.items()}
+    if adapter is not None:
+        weights = adapter.merged(start, weights)
+    return weights if average is None else averaged_weights(start, weights, average.share)
 
 
 def _finite(value: float | None) -> float | None:

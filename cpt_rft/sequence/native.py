@@ -1,0 +1,84 @@
+"""What a plan says about an engine with a command of its own: that command, memory and disk."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpt_rft.config.engine import LlamaFactoryConfig
+from cpt_rft.config.methods import SftMethod
+from cpt_rft.config.schema import Experiment
+from cpt_rft.errors import UserError
+from cpt_rft.sequence.plan import Chain
+
+Json = dict[str, Any]
+
+
+def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> Json:
+    """The native command of every stage, and what one stage takes; empty for the engine ``local``.
+
+    Raises:
+        ConfigError: The processes do not divide the rows of a step, or a method is not supervised.
+    """
+    engine = experiment.engine
+    if not isinstance(engine, LlamaFactoryConfig):
+        return {}
+    from cpt_rft.engines.environment import find_environment
+    from cpt_rft.engines.llamafactory.engine import planned, supported_method
+    from cpt_rft.engines.llamafactory.native import accumulation, shown, world
+
+    engine = planned(engine)
+    methods = {chain.method.name: supported_method(chain.method) for chain in chains}
+    try:
+        environment = str(find_environment("llamafactory", engine.environment))
+    except UserError as error:
+        environment = f"missing: {error.fix}"
+    result: Json = {
+        "environment": environment,
+        "processes": world(engine),
+        "gradient_accumulation": {name: accumulation(engine, method) for name, method in methods.items()},
+        "commands": {
+            f"{chain.label} {stage.index}_{stage.name}": shown(engine, stage.partial / "llamafactory")
+            for chain in chains
+            for stage in chain.stages
+        },
+    }
+    return result | (_sizes(engine, methods, base) if base.is_dir() else {})
+
+
+def _sizes(engine: LlamaFactoryConfig, methods: Mapping[str, SftMethod], base: Path) -> Json:
+    from cpt_rft.engines.llamafactory.estimate import Shape, activation_bytes, state_bytes, work_bytes
+    from cpt_rft.vision import VisionSpec
+
+    shape = Shape.read(base)
+    spec = VisionSpec.read(base).with_limits(engine.min_pixels, engine.max_pixels)
+    rows = max(method.micro_batch for method in methods.values())
+    picture = min(spec.max_pixels // spec.factor**2, engine.cutoff_len)
+    gpu, machine = state_bytes(engine, shape)
+    return {
+        "weights": shape.params,
+        "gpu_state_bytes": gpu,
+        "gpu_activation_bytes": activation_bytes(engine, shape, rows * engine.cutoff_len, rows * picture),
+        "machine_state_bytes": machine,
+        "work_bytes": work_bytes(engine, shape),
+    }
+
+
+def native_lines(native: Json) -> Iterator[str]:
+    """The same for the terminal."""
+    if not native:
+        return
+    shares = ", ".join(f"{name} {count}" for name, count in native["gradient_accumulation"].items())
+    yield f"LLaMA-Factory: {native['processes']} processes, gradient accumulation {shares}; {native['environment']}"
+    if "weights" in native:
+        state, activation = native["gpu_state_bytes"], native["gpu_activation_bytes"]
+        yield (
+            f"memory a GPU: about {_gib(state)} for weights, gradients and optimizer (DeepSpeed's own estimate) and at"
+            f" most {_gib(activation)} for activations (rows of engine.cutoff_len);"
+            f" memory a machine: about {_gib(native['machine_state_bytes'])}"
+        )
+    for stage, command in native["commands"].items():
+        yield f"{stage}: {command}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
