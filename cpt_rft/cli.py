@@ -102,6 +102,8 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     for name, module, text in (
         ("data", "cpt_rft.data.command", "prepare, check, show and export real datasets"),
         ("audit", "eval.audit", "what each evaluation contract would have reported for one checkpoint"),
+        ("compare", "eval.compare", "two run directories side by side: settings, and what they found"),
+        ("track", "eval.track", "hand the training logs and results of a run to TensorBoard or W&B"),
         ("rescore", "eval.rescore", "score stored records again under another scorer, without generating"),
         ("pretrain", "cpt_rft.miniature.pretrain", "make the miniature base model"),
         ("audit-base", "cpt_rft.miniature.audit", "print and assert what the base model can do"),
@@ -129,7 +131,8 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         epilog=_OVERRIDES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    child.add_argument("experiment", type=Path, help="a YAML file, or the name of one in configs/experiments")
+    what = ", or a run directory" if name == "report" else ""
+    child.add_argument("experiment", type=Path, help=f"a YAML file, or the name of one in configs/experiments{what}")
     if stage:
         child.add_argument("method", nargs=None if stage == "required" else "?", help="a method of the experiment")
         child.add_argument("task", nargs=None if stage == "required" else "?", help="a task, or 'multitask'")
@@ -239,10 +242,30 @@ def _show_results(session: "Session", *, force: bool) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if (options.experiment / "config.json").is_file():
+        _report_directory(options.experiment, options.overrides)
+        return
     from cpt_rft.sequence.run import open_session
 
     with open_session(_experiment(options), _say, debug=options.debug) as session:
         _show_results(session, force=True)
+
+
+def _report_directory(run: Path, overrides: Sequence[str]) -> None:
+    """A run directory by itself: nothing but its records, logs and configuration is read."""
+    from eval import results as builder
+    from eval.report import EXPORT_NAME, REPORT_NAME, write_report
+    from eval.table import terminal
+
+    if overrides:
+        raise ConfigError(
+            f"command line: {overrides[0]!r} would change nothing in {run}.", "name the experiment instead"
+        )
+    results = builder.write_results(run, partial=True)
+    write_report(run, results)
+    _print(terminal(results))
+    for name in (builder.RESULTS_NAME, REPORT_NAME, EXPORT_NAME):
+        _say(f"written: {run / name}")
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -18,12 +18,14 @@ from cpt_rft.config.contracts import CONTRACTS, Decoding, Scorer
 from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import read_split
+from cpt_rft.data.picture import Picture
 from cpt_rft.engines.local.generate import Completion, generate
 from cpt_rft.errors import DataError
 from cpt_rft.files import sha256_file, write_json_atomic
 from cpt_rft.prompts import Style, target_text, user_text
 from cpt_rft.scoring import Score
 from cpt_rft.seeds import derive_seed
+from eval.backends import Backend, BackendError, Question, reader
 from eval.contract import Contract, asked_vision, evaluation_contract, fingerprint
 from eval.forced import Forced, teacher_forced
 from eval.records import (
@@ -80,17 +82,21 @@ class Subject:
         config: Split, rows, batch size, limits, scorer.
         prompt_preset: Name of the prompts.
         device: Where the model runs.
+        backend: Who writes the answers, if not this process.
     """
 
     directory: Path
     config: EvaluationConfig
     prompt_preset: str
     device: str = "cpu"
+    backend: Backend | None = None
 
     @cached_property
     def policy(self) -> Policy:
-        """The loaded model."""
+        """The loaded model; without its weights where a back end has them."""
         dtype, vision = getattr(torch, self.config.dtype), asked_vision(self.directory, self.config)
+        if self.backend is not None:
+            return reader(self.directory, vision)
         return load_policy(self.directory, dtype=dtype, device=self.device, vision=vision)
 
 
@@ -103,6 +109,7 @@ def evaluate_checkpoint(
     *,
     samples: int = 0,
     device: str = "cpu",
+    backend: Backend | None = None,
     progress: Progress = _silent,
 ) -> None:
     """Answer and score every row of every task in every style; write records under ``out``.
@@ -115,9 +122,11 @@ def evaluate_checkpoint(
         prompt_preset: Name of the prompts.
         samples: Also draw this many samples a row at temperature 1 (the base model), general abilities excepted.
         device: Where the model runs.
+        backend: Who writes the answers, if not this process.
         progress: Told after every batch.
 
     Raises:
+        BackendError: The back end fails, saw another prompt, or cannot do what the contract asks.
         RecordError: ``out`` holds records of another contract or of other rows.
     """
     decoding = CONTRACTS[config.contract].decoding
@@ -125,7 +134,7 @@ def evaluate_checkpoint(
     if samples:
         drawn, tasks = Decoding(temperature=1.0, samples=samples), [task for task in data if task not in config.general]
         jobs += [Job(task, style, drawn, out, sampled=True) for task in tasks for style in config.styles]
-    do_jobs(Subject(checkpoint, config, prompt_preset, device), jobs, data, progress=progress)
+    do_jobs(Subject(checkpoint, config, prompt_preset, device, backend), jobs, data, progress=progress)
 
 
 def do_jobs(
@@ -187,12 +196,24 @@ def _note_reads(out: Path, data: Mapping[str, Path], rows: Mapping[str, Sequence
     path = out / READS_NAME
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     read = {
-        task: {"split": rows[task][0].split, "rows": len(rows[task]), "sha256": sha256_file(file)}
+        task: {
+            "split": rows[task][0].split,
+            "rows": len(rows[task]),
+            "sha256": sha256_file(file),
+            **_shared_pictures(rows[task]),
+        }
         for task, file in data.items()
     }
     if {**known, **read} != known:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {**known, **read})
+
+
+def _shared_pictures(rows: Sequence[Example]) -> dict[str, list[int]]:
+    """The pictures of each row by number, where rows share them: such rows are no independent examples."""
+    seen: dict[tuple[bytes, ...], int] = {}
+    numbers = [seen.setdefault(row.images, len(seen)) if row.images else -1 - place for place, row in enumerate(rows)]
+    return {"pictures": numbers} if len(set(numbers)) < len(rows) else {}
 
 
 def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
@@ -217,23 +238,47 @@ def _answer(subject: Subject, policy: Policy, batch: Sequence[Example], job: Job
     texts = [(row.images, user_text(row, job.style, subject.prompt_preset)) for row in batch]
     prompts = encode_prompts(policy, texts, [row.id for row in batch])
     _refuse_long(batch, prompts, config.max_prompt_tokens)
-    if decoding.forced:
+    seeds = [derive_seed("samples", row.id, job.style) for row in batch] if decoding.temperature else None
+    if subject.backend is not None:
+        completions = _ask(subject, subject.backend, batch, texts, prompts, seeds, decoding)
+    elif decoding.forced:
         forced = teacher_forced(policy, prompts, [target_text(row, job.style) for row in batch])
         return [_forced_record(row, job, said, contract) for row, said in zip(batch, forced, strict=True)]
-    completions = generate(
-        policy,
-        prompts,
-        group=decoding.samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        seeds=[derive_seed("samples", row.id, job.style) for row in batch] if decoding.temperature else None,
-    )
+    else:
+        completions = generate(
+            policy,
+            prompts,
+            group=decoding.samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            seeds=seeds,
+        )
     return [
         _record(policy, row, job, number, completion, config.scorer, contract)
         for row, group in zip(batch, completions, strict=True)
         for number, completion in enumerate(group)
     ]
+
+
+def _ask(
+    subject: Subject,
+    backend: Backend,
+    batch: Sequence[Example],
+    texts: Sequence[tuple[Sequence[Picture], str]],
+    prompts: Sequence[EncodedPrompt],
+    seeds: Sequence[int] | None,
+    decoding: Decoding,
+) -> list[list[Completion]]:
+    """The answers of a back end."""
+    if decoding.forced:
+        raise BackendError("Only the local back end can force a label on a model.", "leave --backend out")
+    drawn: Sequence[int | None] = seeds or [None] * len(batch)
+    questions = [
+        Question(row.id, text, tuple(images), prompt, seed)
+        for row, (images, text), prompt, seed in zip(batch, texts, prompts, drawn, strict=True)
+    ]
+    return backend.answer(subject.policy, questions, decoding, subject.config.max_new_tokens)
 
 
 def _refuse_long(batch: Sequence[Example], prompts: Sequence[EncodedPrompt], limit: int | None) -> None:

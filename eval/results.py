@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from cpt_rft.files import write_text_atomic
 from cpt_rft.seeds import derive_seed
 from eval import explain, metrics, statistics
+from eval.costs import costs
+from eval.equal import families, losses, matched
 from eval.metrics import HEADLINE
 from eval.records import COUNTED_APART, accuracy, read_contracts, read_records, record_path
 from eval.runs import Chain, IncompleteRunError, Run, listed
-from eval.statistics import Resamples
+from eval.statistics import Resamples, spread
 
 Array = NDArray[np.float64]
 Json = dict[str, Any]
@@ -29,6 +31,8 @@ SCORES = ("strict", "lenient")
 NATIVE = "native"
 #: Arms may be compared at one point only if they learned about as much: points of mean R[j][j].
 COMPARABLE_POINTS = 3.0
+#: Keys whose values a second run does not repeat.
+MEASURED = ("times", "train_seconds", "seconds", "energy_joules", "memory_bytes")
 _DIGITS = 6
 
 
@@ -43,6 +47,12 @@ def build_results(run_dir: Path, *, partial: bool = False) -> Json:
         IncompleteRunError: Cells are missing (with `partial`: of every chain, or of the base model).
         RecordError: Records are broken or may not be mixed.
     """
+    builder, gaps = open_builder(run_dir, partial=partial)
+    return builder.results(gaps)
+
+
+def open_builder(run_dir: Path, *, partial: bool = False) -> tuple["_Builder", list[str]]:
+    """What computes the results of a run, and the cells that it lacks; see `build_results`."""
     run = Run.open(run_dir)
     missing = {chain: run.missing(chain) for chain in run.chains}
     gaps = sorted({gap for chain_gaps in missing.values() for gap in chain_gaps})
@@ -50,7 +60,7 @@ def build_results(run_dir: Path, *, partial: bool = False) -> Json:
     if gaps and not (partial and whole):
         problem = f"{run_dir} is incomplete; missing: {listed(gaps)}."
         raise IncompleteRunError(problem, "give the run command again to go on")
-    return _Builder(run, whole).results(gaps)
+    return _Builder(run, whole), gaps
 
 
 def write_results(run_dir: Path, *, partial: bool = False) -> Json:
@@ -65,7 +75,7 @@ def without_times(results: Json) -> Json:
 
     def prune(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: prune(inner) for key, inner in value.items() if key not in ("times", "train_seconds")}
+            return {key: prune(inner) for key, inner in value.items() if key not in MEASURED}
         return [prune(inner) for inner in value] if isinstance(value, list) else value
 
     return dict(prune(results))
@@ -98,16 +108,16 @@ class _Builder:
         self.run = run
         self.chains = chains
         present = [name for name in run.experiment.methods if any(c.method == name for c in chains)]
-        self.methods = sorted(present, key=self._joint)  # sequences first: they are what is compared
+        self.methods = sorted(present, key=self.joint)  # sequences first: they are what is compared
         names = (*run.experiment.tasks, *run.general)
         first = run.styles[0]
         self.rows = {name: len(run.cell(run.base_eval, name, first).ids) for name in names}
-        self.resamples = Resamples.draw(self.rows)
+        self.resamples = Resamples.draw(self.rows, clusters=run.clusters())
         self._replicates: dict[tuple[Chain, str, str], Array] = {}
 
     def results(self, gaps: list[str]) -> Json:
         experiment, contract = self.run.experiment, self.run.contract()
-        seconds = {name: {c.key: self._train_seconds(c) for c in self._of(name)} for name in self.methods}
+        seconds = {name: {c.key: self._train_seconds(c) for c in self.of(name)} for name in self.methods}
         methods = {name: self._method(name, seconds[name]) for name in self.methods}
         return dict(
             _plain(
@@ -127,18 +137,22 @@ class _Builder:
                     "methods": methods,
                     "explained": explain.relations(methods),
                     "comparisons": self._comparisons(),
+                    "families": families(self.run, [name for name in self.methods if not self.joint(name)]),
+                    "matched": matched(self.run, [c for c in self.chains if not self.joint(c.method)], self.values),
+                    "costs": {name: costs(self.run, self.of(name)) for name in self.methods},
                     "times": {"train_seconds": seconds},
                 }
             )
         )
 
-    def _of(self, method: str) -> list[Chain]:
+    def of(self, method: str) -> list[Chain]:
+        """The complete chains of a method."""
         return [chain for chain in self.chains if chain.method == method]
 
     def _native(self, method: str) -> str:
         return self.run.experiment.methods[method].style
 
-    def _joint(self, method: str) -> bool:
+    def joint(self, method: str) -> bool:
         """Trained in one stage: it has an average, but nothing to forget."""
         return self.run.experiment.methods[method].joint or len(self.run.experiment.tasks) == 1
 
@@ -181,9 +195,14 @@ class _Builder:
             return {"avg_acc": matrix[..., -1, :].mean(axis=-1)}
         return {name: metric(matrix) for name, metric in HEADLINE.items()}
 
+    def values(self, chain: Chain, style: str, score: str) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Headline metrics of a sequence in one view: on the data, and on all replicates."""
+        view = _View(style, score)
+        return self._values(False, self._matrix(chain, view)), self._values(False, self._matrices(chain, view))
+
     def _block(self, chain: Chain, view: _View) -> Json:
         """Matrix, metrics, flips and null value of one chain in one view."""
-        joint, matrix = self._joint(chain.method), self._matrix(chain, view)
+        joint, matrix = self.joint(chain.method), self._matrix(chain, view)
         block: Json = {"matrix": matrix, **{name: None for name in HEADLINE}}
         block |= {name: float(value) for name, value in self._values(joint, matrix).items()}
         if joint:
@@ -199,7 +218,7 @@ class _Builder:
 
     def _intransigence(self, chain: Chain, matrix: Array, view: _View) -> float | None:
         """Against the mean of the joint method's seeds, both in the view's style; none without a joint method."""
-        joint = [c for c in self.chains if self._joint(c.method)]
+        joint = [c for c in self.chains if self.joint(c.method)]
         if not joint:
             return None
         cells = [self._cells(c, view) for c in joint if c.method == joint[0].method]
@@ -222,8 +241,10 @@ class _Builder:
         for place, task in enumerate(chain.order[:-1], start=1):
             pairs[task] = (cells[task][place], cells[task][-1])
         pooled = statistics.flips(*(np.concatenate(side) for side in zip(*pairs.values(), strict=True)))
+        found = {task: statistics.flips(*pair) for task, pair in pairs.items()}
+        corrected = statistics.holm([one.p_value for one in found.values()])
         return {
-            "tasks": {task: statistics.flips(*pair)._asdict() for task, pair in pairs.items()},
+            "tasks": {t: {**found[t]._asdict(), "p_holm": p} for t, p in zip(found, corrected, strict=True)},
             "all": pooled._asdict(),
         }
 
@@ -270,7 +291,7 @@ class _Builder:
         """What may explain forgetting, stage by stage."""
         style = self._native(chain.method)
         matrices = {score: self._matrix(chain, _View(style, score)) for score in SCORES}
-        return explain.stages(self.run, chain, matrices, joint=self._joint(chain.method))
+        return explain.stages(self.run, chain, matrices, joint=self.joint(chain.method))
 
     def _kept(self, chain: Chain) -> Json:
         """How many rows of each task rollouts left to train on, in each round; nothing where all were used."""
@@ -289,7 +310,7 @@ class _Builder:
     # --- one method, over its seeds and orders --------------------------------------------------------------------
 
     def _method(self, name: str, seconds: Mapping[str, float | None]) -> Json:
-        method, chains = self.run.experiment.methods[name], self._of(name)
+        method, chains = self.run.experiment.methods[name], self.of(name)
         views = {style: {score: self._summary(chains, style, score) for score in SCORES} for style in self.run.styles}
         return {
             "kind": method.kind,
@@ -299,15 +320,16 @@ class _Builder:
             "lr": method.lr,
             "seeds": {chain.key: self._seed_entry(chain, seconds[chain.key]) for chain in chains},
             "summary": {NATIVE: views[method.style], **views},
+            "losses": {} if self.joint(name) else {s: losses(chains, s, self.values) for s in self.run.styles},
         }
 
     def _summary(self, chains: Sequence[Chain], style: str, score: str) -> Json:
         """Mean over seeds with two intervals kept apart: over examples (bootstrap) and over seeds (Student)."""
-        view, joint = _View(style, score), self._joint(chains[0].method)
+        view, joint = _View(style, score), self.joint(chains[0].method)
         points = [self._values(joint, self._matrix(chain, view)) for chain in chains]
         drawn = [self._values(joint, self._matrices(chain, view)) for chain in chains]
         summary: Json = {
-            name: _spread([float(p[name]) for p in points], np.mean([d[name] for d in drawn], axis=0), name)
+            name: spread([float(p[name]) for p in points], np.mean([d[name] for d in drawn], axis=0), name)
             for name in points[0]
         }
         if not joint:
@@ -329,10 +351,10 @@ class _Builder:
         if not points:
             return {}
         start = {n: self.run.cell(self.run.base_eval, n, view.style).scores(view.score).mean() for n in points}
-        table = {n: {"before": start[n], "change": _spread(points[n], after[n] - before[n], "change")} for n in points}
+        table = {n: {"before": start[n], "change": spread(points[n], after[n] - before[n], "change")} for n in points}
         means = np.mean([points[n] for n in points], axis=0).tolist()
         change = np.mean([after[n] - before[n] for n in points], axis=0)
-        table["mean"] = {"before": np.mean(list(start.values())), "change": _spread(means, change, "change")}
+        table["mean"] = {"before": np.mean(list(start.values())), "change": spread(means, change, "change")}
         return {n: {**row, "after": row["before"] + row["change"]["value"]} for n, row in table.items()}
 
     # --- two methods ----------------------------------------------------------------------------------------------
@@ -343,12 +365,12 @@ class _Builder:
         A task-id oracle is in none: it is told what the others are not.
         """
         methods = self.run.experiment.methods
-        sequential = [name for name in self.methods if not self._joint(name) and not methods[name].adapter_per_task]
+        sequential = [name for name in self.methods if not self.joint(name) and not methods[name].adapter_per_task]
         kinds = {name: self.run.experiment.methods[name].kind for name in sequential}
         pairs = []
         for one, other in combinations(sequential, 2):
             first, second = (other, one) if kinds[one] == "sft" and kinds[other] != "sft" else (one, other)
-            mine, theirs = ({chain.key: chain for chain in self._of(name)} for name in (first, second))
+            mine, theirs = ({chain.key: chain for chain in self.of(name)} for name in (first, second))
             shared = [key for key in mine if key in theirs]
             if shared:
                 pairs.append(self._comparison(first, second, [(mine[key], theirs[key]) for key in shared]))
@@ -374,17 +396,5 @@ class _Builder:
         for name, metric in HEADLINE.items():
             points = [float(metric(self._matrix(a, one)) - metric(self._matrix(b, other))) for a, b in chains]
             drawn = [metric(self._matrices(a, one)) - metric(self._matrices(b, other)) for a, b in chains]
-            difference[name] = _spread(points, np.mean(drawn, axis=0), f"difference of {name}")
+            difference[name] = spread(points, np.mean(drawn, axis=0), f"difference of {name}")
         return difference
-
-
-def _spread(points: Sequence[float], replicates: Array, name: str) -> Json:
-    """A mean over seeds with its interval over examples, its interval over seeds, and the values themselves."""
-    value = float(np.mean(points))
-    ceiling = 0.0 if name == "fm" else None
-    return {
-        "value": value,
-        "examples": statistics.interval(value, replicates, ceiling=ceiling),
-        "seeds": statistics.seed_interval(points),
-        "values": list(points),
-    }

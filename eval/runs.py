@@ -18,6 +18,7 @@ from eval.records import RecordError, counts, read_contracts, read_records, reco
 
 Array = NDArray[np.float64]
 MULTITASK_STAGE = "multitask"
+READS_NAME = "reads.json"
 
 
 class IncompleteRunError(UserError):
@@ -215,6 +216,23 @@ class Run:
         """Who tried the rows of a stage and how many were kept, a round after the other; none if all were used."""
         kept: list[dict[str, Any]] = read_json(stage / "manifest.json").get("provenance", {}).get("kept", [])
         return kept
+
+    def clusters(self) -> dict[str, list[int]]:
+        """By task, where questions share pictures, the picture of each row by number (``reads.json``)."""
+        path = self.base_eval / READS_NAME
+        if not path.is_file():
+            return {}
+        try:
+            reads = json.loads(path.read_text(encoding="utf-8"))
+            found = {
+                task: [int(number) for number in read["pictures"]] for task, read in reads.items() if "pictures" in read
+            }
+            short = [task for task, numbers in found.items() if len(numbers) != reads[task]["rows"]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordError(f"{path} is broken ({error}).", "evaluate the base model again") from error
+        if short:
+            raise RecordError(f"{path}: {short[0]} has not one picture number a row.", "evaluate the base model again")
+        return found
 
     def train_log(self, stage: Path) -> list[dict[str, Any]]:
         """The lines of a stage's training log.

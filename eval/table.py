@@ -1,5 +1,7 @@
 """The results as tables: rich for the terminal, Markdown for ``results/``, rows for the page."""
 
+import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,34 @@ class Sheet:
         lines.append(_line(["---"] * self.names + ["---:"] * (len(self.heads) - self.names)))
         lines += [_line([cell.replace("\n", " ").replace("|", "\\|") for cell in row]) for row in self.rows]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+    def csv(self) -> str:
+        """For other programs: ASCII signs, a value and its interval in one cell."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([_plain(cell) for cell in line] for line in (self.heads, *self.rows))
+        return stream.getvalue()
+
+    def latex(self) -> str:
+        """A ``tabular`` that needs no package."""
+        lines = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in (self.heads, *self.rows)]
+        columns = "l" * self.names + "r" * (len(self.heads) - self.names)
+        body = [r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
+        note = f"% {self.title}. {_plain(self.note)}".rstrip()
+        return "\n".join([note, rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}", ""])
+
+
+_SIGNS = {MINUS: "-", NONE: "", ARROW: "->", "\n": " "}
+_LATEX = {MINUS: "$-$", NONE: "--", ARROW: r"$\to$", "\n": " ", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX |= {"^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
+
+
+def _plain(text: str) -> str:
+    return "".join(_SIGNS.get(letter, letter) for letter in text)
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

@@ -91,10 +91,10 @@ engine_environment() {
 }
 
 # go EXPERIMENT: change to the project, where runs/ is; EXPERIMENT may be a path from the caller's folder, a path from the
-# project, or the bare name of a file in configs/experiments. Sets $experiment.
+# project, or the bare name of a file in configs/experiments; a run directory counts too. Sets $experiment.
 go() {
     experiment="$1"
-    [ ! -f "$1" ] || experiment="$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
+    [ ! -f "$1" ] && [ ! -f "$1/config.json" ] || experiment="$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
     cd "$ROOT"
 }
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy import stats
+from statsmodels.stats import contingency_tables, multitest, power, proportion
 
 from eval import metrics, statistics
 from eval.statistics import Resamples
@@ -115,3 +117,67 @@ def test_bootstrap_of_bwt_finds_the_true_spread() -> None:
     resamples = Resamples.draw(dict.fromkeys(tasks, rows))
     boot = np.mean([metrics.bwt(resamples.matrices(draw(), tasks)).std() for _ in range(20)])
     assert boot == pytest.approx(true, rel=0.12)
+
+
+def test_rows_of_one_picture_are_drawn_together() -> None:
+    clusters = [7, 7, 3, 9, 9, 9]
+    weights = Resamples.draw({"a": 6}, 400, {"a": clusters}).weights["a"]
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
+    np.testing.assert_array_equal(weights[:, 3], weights[:, 5])
+    assert not np.array_equal(weights[:, 1], weights[:, 2])
+    alone = Resamples.draw({"a": 6}, 400).weights["a"]
+    np.testing.assert_array_equal(Resamples.draw({"a": 6}, 400, {"a": [5, 4, 3, 2, 1, 0]}).weights["a"], alone)
+
+
+def test_the_clustered_spread_is_that_of_the_sandwich() -> None:
+    """Against the closed form: the standard error of a ratio, with one residual a cluster."""
+    random = np.random.default_rng(2)
+    clusters = np.repeat(np.arange(120), random.integers(1, 6, 120))
+    scores = np.where(random.random(120)[clusters] < 0.6, 100.0, 0.0)
+    drawn = Resamples.draw({"a": len(scores)}, 20_000, {"a": clusters.tolist()}).weights["a"] @ scores
+    residuals = np.bincount(clusters, scores - scores.mean())
+    error = np.sqrt((residuals**2).sum()) / len(scores)
+    assert drawn.std() == pytest.approx(error, rel=0.04)
+    assert drawn.std() > 1.5 * scores.std() / np.sqrt(len(scores))
+
+
+def test_an_accuracy_agrees_with_scipy_and_statsmodels() -> None:
+    scores = np.repeat([100.0, 0.0], [130, 70])
+    drawn = Resamples.draw({"a": 200}, 20_000).weights["a"] @ scores
+    found = statistics.interval(65.0, drawn)
+    normal = [100 * bound for bound in proportion.proportion_confint(130, 200, method="normal")]
+    assert found == pytest.approx(normal, abs=0.5)
+    theirs = stats.bootstrap((scores,), np.mean, method="basic", n_resamples=20_000, rng=np.random.default_rng(0))
+    assert found == pytest.approx(tuple(theirs.confidence_interval), abs=0.5)
+
+
+def test_the_interval_over_seeds_is_that_of_scipy() -> None:
+    values = [-4.1, -2.0, -7.3, -3.3]
+    theirs = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert statistics.seed_interval(values) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_mcnemar_and_holm_are_those_of_statsmodels() -> None:
+    random = np.random.default_rng(1)
+    p_values = []
+    for chance in (0.05, 0.1, 0.2, 0.4):
+        before = np.where(random.random(80) < 0.7, 100.0, 0.0)
+        after = np.where(
+            (random.random(80) < chance) & (before > 0), 0.0, np.where(random.random(80) < 0.05, 100.0, before)
+        )
+        table = [[((before > 50) == a) & ((after > 50) == b) for b in (True, False)] for a in (True, False)]
+        theirs = contingency_tables.mcnemar([[int(cell.sum()) for cell in row] for row in table], exact=True)
+        p_values.append(statistics.flips(before, after).p_value)
+        assert p_values[-1] == pytest.approx(theirs.pvalue)
+    assert statistics.holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+    assert statistics.holm([]) == []
+    assert statistics.holm([0.9, 0.9]) == [1.0, 1.0]
+
+
+def test_the_smallest_effect_is_that_of_a_power_analysis() -> None:
+    """A paired difference of n rows with standard deviation s: statsmodels' effect size times s."""
+    change = np.random.default_rng(3).choice([-100.0, 0.0, 100.0], 400, p=[0.15, 0.75, 0.1])
+    drawn = Resamples.draw({"a": 400}, 20_000).weights["a"] @ change
+    theirs = power.zt_ind_solve_power(nobs1=400, ratio=0, alpha=0.05, power=0.8, alternative="two-sided")
+    assert statistics.smallest_effect(drawn) == pytest.approx(theirs * change.std(ddof=1), rel=0.03)

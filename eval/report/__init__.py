@@ -10,15 +10,17 @@ from markupsafe import Markup
 
 from cpt_rft.files import write_text_atomic
 from eval.explain_table import HOW, explain_sheets
-from eval.report import abilities, explain, forgetting
+from eval.report import abilities, explain, forgetting, settings
 from eval.report.drawn import series
+from eval.report.export import EXPORT_NAME, export
 from eval.report.gather import Flip, curves, flipped
 from eval.results import write_results
 from eval.runs import Run
-from eval.table import Sheet, about, apart_sheet, arms_sheet, comparison_sheet, general_sheet, kept_sheets
+from eval.sheets import claims_sheet, further_sheets
+from eval.table import Sheet, about, apart_sheet, arms_sheet, comparison_sheet, general_sheet, kept_sheets, sheets
 from eval.words import ARROW, NONE, SCORE_NAMES, number, short, verdict
 
-__all__ = ["REPORT_NAME", "render", "write_report"]
+__all__ = ["EXPORT_NAME", "REPORT_NAME", "render", "write_report"]
 
 Json = dict[str, Any]
 REPORT_NAME = "report.html"
@@ -38,12 +40,19 @@ def write_report(run_dir: Path, results: Json | None = None) -> Path:
     """
     results = results or write_results(run_dir, partial=True)
     path = run_dir / REPORT_NAME
-    write_text_atomic(path, render(run_dir, results))
+    shown = content(run_dir, results)
+    write_text_atomic(path, _template().render(shown))
+    export(run_dir / EXPORT_NAME, [*sheets(results), *further_sheets(results), *explain_sheets(results)], shown)
     return path
 
 
 def render(run_dir: Path, results: Json) -> str:
-    """The page as text; everything in it comes from the records, logs and configuration of the run."""
+    """The page as text."""
+    return _template().render(content(run_dir, results))
+
+
+def content(run_dir: Path, results: Json) -> Json:
+    """What is on the page; everything comes from the records, logs and configuration of the run."""
     run = Run.open(run_dir)
     chains = [
         chain for chain in run.chains if chain.key in results["methods"].get(chain.method, {"seeds": ()})["seeds"]
@@ -51,7 +60,7 @@ def render(run_dir: Path, results: Json) -> str:
     arms = series(results)
     shown = flipped(run, chains, FLIPS_A_TASK)
     pairs = [forgetting.differences(entry) for entry in results["comparisons"][:1]]
-    context = {
+    return {
         "results": results,
         "found": verdict(results),
         "about": about(results),
@@ -74,8 +83,10 @@ def render(run_dir: Path, results: Json) -> str:
         "flip_counts": flips_sheet(results),
         "flip_choices": _choices(shown),
         "terms": _terms(results["contract"]["terms"] or {}),
+        "settings": [figure for figure in (settings.rates(results, arms), settings.orders(results, arms)) if figure],
+        "claims": claims_sheet(results),
+        "further": [sheet for sheet in further_sheets(results) if sheet.title != claims_sheet(results).title],
     }
-    return _template().render(context)
 
 
 def _template() -> jinja2.Template:
