@@ -143,12 +143,15 @@ def test_what_another_configuration_left_is_never_gone_on_with(tmp_path):
     assert list(out.iterdir()) == []
 
 
-def test_our_log_is_cut_to_the_step_that_is_gone_on_from(tmp_path):
+def test_our_log_is_cut_to_the_step_that_is_gone_on_from_and_filled_up(tmp_path):
+    """A driver that was killed may have seen fewer steps than the framework's checkpoint holds."""
     log = tmp_path / "log.jsonl"
-    line = StepLog(1, 9, 1.0, 0.1, None, 0, 1.0, 3, 3.0)
-    log.write_text("".join(f"{line.line()}\n" for _ in range(3)))
-    assert [kept.steps for kept in kept_lines(log, 2, 9)] == [9, 9]
-    assert kept_lines(log, 4, 9) == [] and kept_lines(tmp_path / "none", 0, 9) == []
+    line = StepLog(1, 2, 9.0, 0.1, None, 0, 1.0, 3, 3.0)
+    log.write_text(f"{line.line()}\n")
+    (tmp_path / "trainer_log.jsonl").write_text(entry(1) + entry(2))
+    assert [(kept.step, kept.loss) for kept in kept_lines(log, 2, tmp_path, WRITTEN)] == [(1, 9.0), (2, 3.0)]
+    assert [kept.step for kept in kept_lines(log, 1, tmp_path, WRITTEN)] == [1]
+    assert kept_lines(log, 0, tmp_path, WRITTEN) == []
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class LlamaFactoryEngine:
         keys = settings(engine, method, start, spec, stage.seed, None)
         told = {**keys, "rows": sha256_file(directory / DATA / "rows.json"), "save_steps": None}
         step = open_out(directory / OUT, told, world(engine), lora=engine.lora is not None)
-        lines = kept_lines(log, step, len(written.targets))
+        lines = kept_lines(log, step, directory / OUT, written)
         log.write_text("".join(line.line() + "\n" for line in lines), encoding="utf-8")
         resume = f"{OUT}/checkpoint-{step}" if step else None
         write_native(directory, {**keys, "resume_from_checkpoint": resume} if resume else keys, engine, environment)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from cpt_rft.checkpoint import verify_weights
 from cpt_rft.engines.base import StepLog
-from cpt_rft.engines.llamafactory.watch import TRAINER_LOG, TRAINER_STATE
+from cpt_rft.engines.llamafactory.rows import WrittenRows
+from cpt_rft.engines.llamafactory.watch import TRAINER_LOG, TRAINER_STATE, Follower
 from cpt_rft.errors import CheckpointError
 from cpt_rft.files import atomic_path, read_json, sha256_json
 
@@ -76,11 +77,14 @@ def is_whole(directory: Path, step: int, processes: int, *, lora: bool) -> bool:
     return True
 
 
-def kept_lines(log: Path, steps: int, total: int) -> list[StepLog]:
-    """Our log cut to the steps that are kept; empty if it has fewer."""
+def kept_lines(log: Path, steps: int, out: Path, written: WrittenRows) -> list[StepLog]:
+    """Our log cut to the steps that are kept; the framework's fills in what a killed driver had not yet seen."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [StepLog(steps=total, **json.loads(line)) for line in lines[:steps]]
-    return kept if len(kept) == steps else []
+    whole = [line for line in lines[:steps] if line.endswith("}")]
+    kept = [StepLog(steps=len(written.targets), **json.loads(line)) for line in whole]
+    follower = Follower(out, written, 0)
+    follower.offset = 0
+    return kept + list(follower.new_steps())[len(kept) : steps]
 
 
 def _cut(log: Path, steps: int) -> None:
