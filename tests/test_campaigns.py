@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def test_another():
 def campaign(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "campaign.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_every_campaign_has_a_name() -> None:
+    nameless = "mark.campaign" + "(?!\\(name=)"
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name != "test_campaigns.py"]
+    assert [path.name for path in files if re.search(nameless, path.read_text())] == []
 
 
 def test_help_and_an_unknown_name_list_the_names() -> None:

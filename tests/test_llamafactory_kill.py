@@ -99,6 +99,6 @@ def test_three_kills(tmp_path: Path, whole: str) -> None:
     check_kills(tmp_path, whole, range(3))
 
 
-@pytest.mark.campaign
+@pytest.mark.campaign(name="kill_llamafactory")
 def test_twenty_kills(tmp_path: Path, whole: str) -> None:
     check_kills(tmp_path, whole, range(20))
