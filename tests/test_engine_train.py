@@ -24,7 +24,18 @@ from tests.helpers.killed import train_and_die
 
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
-    *("zero_variance", "skipped", "seconds", "tokens", "entropy", "rollout_gap", "replayed", "penalty"),
+    *(
+        "zero_variance",
+        "skipped",
+        "seconds",
+        "tokens",
+        "entropy",
+        "rollout_gap",
+        "replayed",
+        "shown",
+        "difficulty",
+        "penalty",
+    ),
     *("reward_variance", "all_right", "all_wrong", "grad_norm_right", "grad_norm_mixed", "grad_norm_wrong"),
 }
 

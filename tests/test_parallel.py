@@ -77,6 +77,7 @@ METHODS = {
     "restrained": lambda: sft(
         ewc=EWC, l2={"strength": 0.5}, lwf={"strength": 1.0, "max_new_tokens": 4}, replay={"rows_per_step": 1}
     ),
+    "remax": lambda: grpo(group=2, temperature=1.2, advantage="remax", rollout_steps=2, loss="grpo"),
     "o_lora": lambda: sft(lora={"rank": 2, "alpha": 4.0, "targets": ("q_proj", "up_proj")}, lr=1e-2),
 }
 

@@ -47,7 +47,7 @@ def documents() -> dict[str, dict[str, Any]]:
         definition["required"] = ["name"]
     for unused in ("SftMethod", "GrpoMethod"):
         experiment["$defs"].pop(unused, None)
-    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora", "Filter", "Rollouts"):
+    for part in ("Replay", "Ewc", "L2", "Lwf", "Average", "Lora", "Alternate", "Filter", "Rollouts"):
         experiment["$defs"][part].pop("required")  # a change may name one key of a part
     method = TypeAdapter(MethodConfig).json_schema()
     for kind in METHOD_KINDS.values():

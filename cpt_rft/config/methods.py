@@ -4,17 +4,11 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from cpt_rft.config.hybrids import Alternate, Curriculum, Hint, Prefix
 from cpt_rft.config.restraints import Restrained
 from cpt_rft.config.rollouts import Filter, Rollouts
 from cpt_rft.config.strict import KeyedError, Name, NotNegative, Share
@@ -26,6 +20,7 @@ LossName = Literal[
 
 
 class _Method(Restrained):
+    further_parts: ClassVar[tuple[str, ...]] = ("max_prompt_tokens", "task_epochs", "filter")
     name: Name
     """The key under which the experiment lists the method."""
     joint: bool = False
@@ -65,15 +60,12 @@ class _Method(Restrained):
         """Whether it trains on all rows of a stage, so that their number is known before it starts."""
         return self.filter is None
 
+    max_prompt_tokens: PositiveInt | None = None
+    """A row with a longer prompt, picture tokens included, is refused before training; null for no limit."""
+
     def epochs_of(self, tasks: Sequence[str]) -> int:
         """Passes over the rows of a stage on these tasks."""
         return self.task_epochs.get(tasks[0], self.epochs) if len(tasks) == 1 else self.epochs
-
-    @model_serializer(mode="wrap")
-    def _without_what_most_lack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Absent from identities where they are not used.
-        lean = {*Restrained.model_fields, "task_epochs", "filter", "rollouts"}
-        return {key: value for key, value in dump(self).items() if key not in lean or value}
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -86,6 +78,7 @@ class _Method(Restrained):
 class SftMethod(_Method):
     """Supervised fine-tuning: the next-token loss on the label (`direct`) or on rationale and label (`cot`)."""
 
+    further_parts: ClassVar[tuple[str, ...]] = (*_Method.further_parts, "rollouts")
     kind: Literal["sft"]
     """Which objective: supervised targets."""
     rollouts: Rollouts | None = None
@@ -120,6 +113,10 @@ class SftMethod(_Method):
 class GrpoMethod(_Method):
     """Reinforcement fine-tuning on the verifiable reward 0.9 accuracy + 0.1 format: GRPO and its relatives."""
 
+    further_parts: ClassVar[tuple[str, ...]] = (
+        *_Method.further_parts,
+        *("hint", "prefix", "curriculum", "alternate"),
+    )
     kind: Literal["grpo"]
     """Which objective: sampled completions, weighed by their advantage."""
     group: PositiveInt
@@ -168,6 +165,19 @@ class GrpoMethod(_Method):
     """Where the penalty enters: differentiated in the loss, or taken off the reward of each token."""
     kl_ratio_correction: bool = False
     """Multiply the penalty in the loss by the ratio to the sampling policy, as TRL does."""
+    hint: Hint | None = None
+    """UFT: show a piece of the target, and teach it."""
+    prefix: Prefix | None = None
+    """Prefix-RFT: one further completion a prompt that begins with a piece of the target."""
+    curriculum: Curriculum | None = None
+    """AdaRFT: rows by difficulty."""
+    alternate: Alternate | None = None
+    """Iterative SFT-RFT: supervised steps between those of reinforcement."""
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether rows are taught by supervision too, so that the style cot needs their rationales."""
+        return bool(self.hint or self.prefix or self.alternate)
 
     @model_validator(mode="after")
     def _estimator_has_what_it_needs(self) -> Self:
@@ -188,6 +198,29 @@ class GrpoMethod(_Method):
         if self.filter is not None and self.filter.max_new_tokens is not None:
             raise KeyedError(("filter", "max_new_tokens"), "the tries are those of training; remove it")
         return self
+
+    @model_validator(mode="after")
+    def _hybrid_parts_fit(self) -> Self:
+        parts = [key for key in ("hint", "prefix", "curriculum", "alternate") if getattr(self, key) is not None]
+        if len(parts) > 1:
+            raise KeyedError((parts[1],), f"it cannot be combined with {parts[0]}; remove one of the two")
+        if parts and self.rollout_steps > 1:
+            raise KeyedError(("rollout_steps",), f"with {parts[0]} every step samples anew; write 1")
+        for key in {"replay", "lwf"}.intersection(self.restraints) if self.curriculum is not None else ():
+            raise KeyedError((key,), "a curriculum chooses the rows of each step itself; remove one of the two")
+        if self.hint is not None and self.advantage == "remax":
+            raise KeyedError(("advantage",), "with a hint there is no greedy completion to compare with; use grpo")
+        if self.prefix is not None:
+            self._prefix_is_compared()
+        return self
+
+    def _prefix_is_compared(self) -> None:
+        if self.advantage != "grpo" or self.advantage_scale == "batch" or self.paper_rounding:
+            raise KeyedError(
+                ("advantage",), "prefix needs grpo, scaled by the group or not at all, without paper_rounding"
+            )
+        if self.kl_in == "reward" and self.kl_coef:
+            raise KeyedError(("kl_in",), "with prefix the penalty belongs in the loss")
 
     @model_validator(mode="after")
     def _penalty_has_a_reference(self) -> Self:

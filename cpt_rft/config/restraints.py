@@ -4,9 +4,9 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cpt_rft.config.strict import KeyedError, NotNegative, Strict
 
@@ -100,6 +100,9 @@ class Restrained(Strict):
     lora: Lora | None = None
     """Low-rank adapters instead of all weights."""
 
+    further_parts: ClassVar[tuple[str, ...]] = ()
+    """Other keys that a dump leaves out where they are null, so that files without them keep their identity."""
+
     @property
     def adapter_per_task(self) -> bool:
         """Whether every task has weights of its own, picked by its name at evaluation."""
@@ -129,3 +132,8 @@ class Restrained(Strict):
                 yield key, "a joint method has one stage, so there is nothing earlier; remove it"
             if self.lora is not None and (self.lora.per_task or self.lora.orthogonality):
                 yield "lora", "a joint method has one stage, so there is no earlier adapter; remove it"
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        parts = {*Restrained.model_fields, *self.further_parts}
+        return {key: value for key, value in dump(self).items() if key not in parts or value not in (None, {})}

@@ -99,6 +99,8 @@ class StepLog:
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
         rollout_gap_mean: Mean of that difference.
         rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
+        shown: Mean tokens of the target that were shown a prompt (UFT, Prefix-RFT).
+        difficulty: Target difficulty of the step (AdaRFT).
         replayed: Rows of earlier tasks in the step.
         penalty: What holds the model back, summed, as it was differentiated beside the loss.
         reward_variance: Mean over prompts of the unbiased variance of the rewards of a prompt's completions.
@@ -129,6 +131,8 @@ class StepLog:
     rollout_gap: float | None = None
     rollout_gap_mean: float | None = None
     rounded_groups: int | None = None
+    shown: float | None = None
+    difficulty: float | None = None
     replayed: int | None = None
     penalty: float | None = None
     reward_variance: float | None = None

@@ -177,7 +177,9 @@ def training_cost(experiment: Experiment, method: MethodConfig, stage: StagePlan
         extra = steps * method.replay.rows_per_step
         prompts, read = prompts + extra, read + extra * read // prompts
     if isinstance(method, GrpoMethod):
-        completions = prompts * method.group * method.max_new_tokens
+        group = method.group + (method.advantage == "remax") + (method.prefix is not None)
+        ordered = rows * method.curriculum.rollouts if method.curriculum else 0
+        completions = (prompts * group + ordered) * method.max_new_tokens
         return Cost(rows, steps, read + completions + once * bool(tried), completions + tried)
     return Cost(rows, steps, read + prompts * LABEL_TOKENS[method.style] + once * rounds * bool(tried), tried)
 

@@ -49,7 +49,7 @@ class Rollout(NamedTuple):
     fields: dict[str, Any]
 
 
-class _Sampled(NamedTuple):
+class SampledRows(NamedTuple):
     """The completions of one step's prompts and their scores, before they are compared."""
 
     rows: Sequence[Example]
@@ -165,6 +165,13 @@ class GrpoObjective:
             seeds=[seed for _, seed in asked],
         )
 
+    def tries(self, number: int, place: int, rows: Sequence[Example]) -> list[list[Score]]:
+        """Scores of one group of completions of each row, from seeds that no step uses."""
+        prompts = self._prompts(rows)
+        seeds = [derive_seed(*self.seed_path, "try", number, place, index) for index in range(len(rows))]
+        groups = self.team.shared(self._write, list(zip(prompts, seeds, strict=True)))
+        return [[self.score(row, each) for each in group] for row, group in zip(rows, groups, strict=True)]
+
     def score(self, row: Example, completion: Completion) -> Score:
         """Score a completion exactly as evaluation does."""
         return score(
@@ -204,16 +211,16 @@ class GrpoObjective:
         rollouts, start = [], 0
         for each in sampled:
             stop = start + len(each.prompts)
-            fields = _fields(each, rewards_PG[start:stop]) | {"rounded_groups": rounded}
+            fields = step_fields(each, rewards_PG[start:stop]) | {"rounded_groups": rounded}
             rollouts.append(Rollout(groups[start:stop], fields))
             start = stop
         return rollouts
 
-    def _sample(self, step: int, rows: Sequence[Example]) -> _Sampled:
+    def _sample(self, step: int, rows: Sequence[Example]) -> SampledRows:
         prompts = self._prompts(rows)
         completions = self.rollout(step, prompts)
         scores = [[self.score(row, each) for each in group] for row, group in zip(rows, completions, strict=True)]
-        return _Sampled(rows, prompts, completions, scores)
+        return SampledRows(rows, prompts, completions, scores)
 
     def _rewards(self, rows: Sequence[Example], scores: Sequence[Sequence[Score]]) -> Tensor:
         """Rewards (P, G) of scored completions.
@@ -331,7 +338,7 @@ def policy_loss(method: GrpoMethod) -> PolicyLoss:
     return replace(find_loss(method.loss), **{key: part for key, part in parts.items() if part is not None})
 
 
-def _fields(sampled: _Sampled, rewards_PG: Tensor) -> dict[str, Any]:
+def step_fields(sampled: SampledRows, rewards_PG: Tensor) -> dict[str, Any]:
     """What the log says of the completions of a step."""
     flat = [each for group in sampled.completions for each in group]
     scores = [each for group in sampled.scores for each in group]

@@ -7,20 +7,21 @@ import torch
 from cpt_rft.algos.logprobs import token_logprobs
 from cpt_rft.algos.sft import sft_loss
 from cpt_rft.checkpoint import Policy, encode_prompts
-from cpt_rft.config.methods import SftMethod
+from cpt_rft.config.methods import GrpoMethod, SftMethod
 from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import end_token_ids
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, StepResult, chunks
 from cpt_rft.engines.local.packing import pack_blocks
+from cpt_rft.engines.local.shown import target_ids
 from cpt_rft.engines.local.team import ALONE, Team
-from cpt_rft.prompts import target_text, user_text
+from cpt_rft.prompts import user_text
 
 
 class SftObjective:
     """Cross-entropy on the answer and the end token, over the whole vocabulary."""
 
-    def __init__(self, policy: Policy, method: SftMethod, preset: str, team: Team = ALONE) -> None:
+    def __init__(self, policy: Policy, method: SftMethod | GrpoMethod, preset: str, team: Team = ALONE) -> None:
         self.policy, self.method, self.preset, self.team = policy, method, preset, team
         self.network = Network(policy.model)
         self.end = int(end_token_ids(policy)[0])
@@ -51,5 +52,4 @@ class SftObjective:
         Raises:
             DataError: The style is ``cot`` and the row has no rationale.
         """
-        text = target_text(row, self.method.style)
-        return [*self.policy.tokenizer.encode(text, add_special_tokens=False), self.end]
+        return target_ids(self.policy, row, self.method.style, self.end)

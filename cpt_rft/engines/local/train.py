@@ -14,8 +14,10 @@ from cpt_rft.checkpoint import Policy, load_policy, save_checkpoint
 from cpt_rft.config.engine import LocalConfig
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
+from cpt_rft.engines.local.admit import check_rows
 from cpt_rft.engines.local.batches import stage_batches, stage_rows
-from cpt_rft.engines.local.grpo import GrpoObjective
+from cpt_rft.engines.local.curriculum import CurriculumObjective
+from cpt_rft.engines.local.hybrids import reinforced
 from cpt_rft.engines.local.importance import leave_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
 from cpt_rft.engines.local.objective import Objective
@@ -28,6 +30,7 @@ from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
+from cpt_rft.files import read_json_lines
 from cpt_rft.seeds import derive_seed
 
 
@@ -59,6 +62,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
     policy = load_policy(stage.parent, device=device)
     policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
+    check_rows(policy, stage.method, batches, stage.prompt_preset)
     adapter = make_adapter(stage, policy)
     optimiser = Optimiser(
         policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps, team=team
@@ -66,7 +70,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     objective = make_objective(stage, policy, batches, dtype, device, team)
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, fingerprint)
-    begin = _resume(journal, optimiser, team)
+    begin = _resume(journal, optimiser, objective, team)
     for step in range(begin, len(batches)):
         started = time.perf_counter()
         rows = batches[step]
@@ -105,7 +109,7 @@ def local_config(stage: Stage) -> LocalConfig:
     return stage.engine
 
 
-def _resume(journal: Journal, optimiser: Optimiser, team: Team) -> int:
+def _resume(journal: Journal, optimiser: Optimiser, objective: Objective, team: Team) -> int:
     """Take up the resume point, if there is one that can be used; returns the steps that are done."""
     progress = journal.open() if team.leads else None
     done = team.told(progress.step if progress else 0)
@@ -113,6 +117,8 @@ def _resume(journal: Journal, optimiser: Optimiser, team: Team) -> int:
         progress = journal.load()
     if progress is not None:
         optimiser.restore(progress.optimiser)
+    if done and isinstance(objective, CurriculumObjective):
+        objective.recall([line["reward"] for line in read_json_lines(journal.log)[:done]])
     return done
 
 
@@ -154,7 +160,7 @@ def make_objective(
         directory = stage.base if method.kl_reference == "base" else stage.parent
         reference = load_policy(directory, dtype=dtype, device=device)
         reference.model.requires_grad_(False)
-    return GrpoObjective(policy, reference, method, stage.prompt_preset, stage.seed_path, batches, team)
+    return reinforced(stage, method, policy, reference, batches, team)
 
 
 def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
