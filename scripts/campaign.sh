@@ -3,7 +3,7 @@
 # Usage: scripts/campaign.sh NAME|--help
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ $# -eq 1 ] || usage
-setup_venv local,data,notebook,dev
+setup_venv local,lora,parallel,data,notebook,dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$ROOT"
 exec "$VENV/bin/python" scripts/campaign.py "$1"
