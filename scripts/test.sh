@@ -6,11 +6,11 @@ setup_venv local,lora,parallel,data,notebook,dev
 cd "$ROOT"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 python="$VENV/bin/python"
-[ "${1:-}" = --full ] || exec "$python" -m pytest -q "$@"
+[ "${1:-}" = --full ] || exec "$python" -m pytest -q "${@:---numprocesses=2}"
 step lint "$python" -m ruff check .
 step format "$python" -m ruff format --check .
 step types "$python" -m mypy
-step "fast tests" "$python" -m pytest -q --cov --cov-report=
+step "fast tests" "$python" -m pytest -q --numprocesses=2 --cov --cov-report=
 step coverage "$python" -m coverage report --fail-under=95 --include="$COVERED"
 step "full tests" "$python" -m pytest -q -m full
 step "base in its consumers" bash scripts/check_base.sh cpt_rft/miniature/base

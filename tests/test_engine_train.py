@@ -31,6 +31,8 @@ LOG_KEYS = {
         "tokens",
         "entropy",
         "rollout_gap",
+        "rollout_gap_mean",
+        "rounded_groups",
         "replayed",
         "shown",
         "difficulty",

@@ -192,10 +192,12 @@ def test_a_measurement_of_other_weights_is_not_reported(tiny: Tiny, tmp_path: Pa
     assert entry["drift"] is entry["fisher"] is None
 
 
-def test_the_verb_measures_what_is_trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_verb_measures_what_is_trained(
+    tiny: Tiny, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     status, _, err = tiny.command("drift", "--method", "sft", *SWITCHES)
     assert status == 0 and "measured already" in err
-    empty = prepared(tmp_path_factory.getbasetemp())
+    empty = prepared(tmp_path_factory.getbasetemp()).copy(tmp_path)  # switching a meter on is kept in the run
     assert "No selected stage is trained yet" in one_line_error(empty.command("drift", *SWITCHES))
     line = one_line_error(tiny.command("drift", "--method", "sft", "--seed", "0", "--task", "mini_gqb", *SWITCHES))
     assert "unknown task 'mini_gqb'" in line

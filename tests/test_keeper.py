@@ -16,10 +16,11 @@ from cpt_rft.engines.outside import end_leftovers, mark_of, running
 # A launcher as torchrun is one: its workers are in sessions of their own and ignore what a polite end asks for.
 TREE = "trap '' TERM INT HUP; setsid sh -c 'trap \"\" TERM; echo up; sleep 300' & setsid sleep 300 & wait"
 DRIVER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from cpt_rft.engines.outside import running
 place = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 with running(["sh", "-c", sys.argv[2]], place, {"PATH": "/usr/bin:/bin"}, place / "log"):
     time.sleep(300)
 """
