@@ -12,7 +12,7 @@ step format "$python" -m ruff format --check .
 step types "$python" -m mypy
 step "fast tests" "$python" -m pytest -q --numprocesses=2 --cov --cov-report=
 step coverage "$python" -m coverage report --fail-under=95 --include="$COVERED"
+step "base in its consumers" bash scripts/check_base.sh cpt_rft/miniature/base # makes environments that full tests use
 step "full tests" "$python" -m pytest -q -m full
-step "base in its consumers" bash scripts/check_base.sh cpt_rft/miniature/base
 step mutations bash scripts/mutate.sh
 finish
