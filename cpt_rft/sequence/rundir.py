@@ -229,5 +229,5 @@ def make_directory(directory: Path) -> None:
 
 def _refuse_missing_base(directory: Path) -> None:
     if not directory.is_dir():
-        fix = "make it with 'cpt-rft pretrain', or name another with base_model=DIRECTORY"
+        fix = "download it there (the miniature's: 'cpt-rft pretrain'), or name another with base_model=DIRECTORY"
         raise CheckpointError(f"The base model {directory} is missing.", fix)
