@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from cpt_rft.checkpoint import load_policy
 from cpt_rft.config.engine import DeepSpeed, LlamaFactoryConfig, parse_engine
@@ -77,12 +76,12 @@ def test_a_sequence_by_llamafactory_itself_is_evaluated_by_the_shared_harness(
     run_dir = sequence(tmp_path, processes, method)
     chain = run_dir / method / "order0" / "seed0"
     assert sorted(path.name for path in chain.iterdir()) == names
-    before = load_file(BASE / "model.safetensors")
+    before = weights(BASE)
     for name in names:
         stage = chain / name
         rows = 48 if method == "multitask" else 16
         assert len((stage / "train" / "log.jsonl").read_text().splitlines()) == rows // 4
-        now = load_file(stage / "checkpoint" / "model.safetensors")
+        now = weights(stage / "checkpoint")
         assert all(not torch.equal(now[key], before[key]) for key in now)  # neither tower nor projector is frozen
         before = now
         for file in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "config.json"):
