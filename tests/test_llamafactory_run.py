@@ -1,4 +1,4 @@
-"""LLaMA-Factory itself, on CPU: chains, agreement with the local engine, adapters, ZeRO. About five minutes in all."""
+"""LLaMA-Factory itself, on CPU: chains, agreement with the local engine, adapters. About five minutes in all."""
 
 import json
 import math
@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import load_policy
-from cpt_rft.config.engine import DeepSpeed, LlamaFactoryConfig, parse_engine
+from cpt_rft.config.engine import LlamaFactoryConfig, parse_engine
 from cpt_rft.engines.base import Stage, StepLog, get_engine
 from cpt_rft.engines.llamafactory.estimate import Shape, state_bytes
 from cpt_rft.engines.llamafactory.rows import ENDING
-from cpt_rft.engines.llamafactory.watch import check_zero
 from cpt_rft.engines.local import train as local_train
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.vision import VisionSpec
@@ -149,17 +148,6 @@ def test_adapters_are_merged_and_another_pixel_budget_reaches_the_checkpoint(tmp
     before, now = weights(BASE), weights(checkpoint)
     moved = {name for name in now if not torch.equal(now[name], before[name])}
     assert moved and not any("visual.blocks" in name or "norm" in name for name in moved)
-
-
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_it_trains_under_our_deepspeed_files(name: DeepSpeed, tmp_path: Path) -> None:
-    """By the framework itself, two processes, the version of the lock. About 40 seconds each."""
-    stage = make_stage(tmp_path / name, sft(micro_batch=2), processes=2, deepspeed=name)
-    logs = run(stage)
-    log = (stage.directory / "llamafactory" / "framework.log").read_text()
-    check_zero(log, name)
-    assert len(logs) == 4 and logs[-1].loss < logs[0].loss
-    assert not torch.equal(weights(stage.directory / "checkpoint")["lm_head.weight"], weights(BASE)["lm_head.weight"])
 
 
 def test_the_estimate_of_states_is_deepspeeds_own() -> None:

@@ -282,6 +282,8 @@ def test_remax_takes_the_reward_of_the_likeliest_completion(policy: Policy, rows
     greedy = generate(policy, prompts, max_new_tokens=objective.method.max_new_tokens, temperature=0.0)
     expected = [objective.score(row, group[0]).strict for row, group in zip(rows, greedy, strict=True)]
     assert objective._greedy_rewards(rows, prompts).tolist() == expected
+    written = objective._write_greedily(prompts)
+    assert [group[0].token_ids for group in written] == [group[0].token_ids for group in greedy]
     assert 0 < sum(expected) < len(rows)
 
 
