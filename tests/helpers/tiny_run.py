@@ -124,6 +124,8 @@ def content(directory: Path) -> dict[str, str]:
         elif name == "config.json":
             free = ("output", "base_model", "workers")
             prints[name] = json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in free})
+        elif path.stem == "costs":
+            prints[name] = ""  # seconds
         elif path.name == "results.json":
             prints[name] = json.dumps(_without_times(json.loads(path.read_text())))
         else:
