@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cpt_rft.errors import UserError
+from cpt_rft.errors import UserError, install_extra
 from eval.runs import Chain, Run
 
 #: Takes a name, a value and a step counted over the whole sequence.
@@ -36,7 +36,7 @@ def _module(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{name} is not installed.", f"pip install 'cpt-rft[{extra}]'") from error
+        raise UserError(f"{name} is not installed.", install_extra(extra)) from error
 
 
 @contextmanager

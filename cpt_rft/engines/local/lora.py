@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cpt_rft.checkpoint import fresh_directory
 from cpt_rft.config.restraints import Lora
-from cpt_rft.errors import ConfigError
+from cpt_rft.errors import ConfigError, install_extra
 
 _DECODER = "model.language_model"  # of the stock model: no adapter in the picture tower
 _FILE_PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ class Adapter:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
-            raise ConfigError("LoRA needs the package peft.", "pip install 'cpt-rft[lora]'") from error
+            raise ConfigError("LoRA needs the package peft.", install_extra("lora")) from error
         names = "|".join(settings.targets)
         self.config = LoraConfig(
             r=settings.rank,

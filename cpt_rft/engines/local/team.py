@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cpt_rft.errors import ConfigError
+from cpt_rft.errors import ConfigError, install_extra
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Processes(Team):
             from accelerate import Accelerator
         except ImportError as error:
             raise ConfigError(
-                "Several processes (engine.processes) need the package accelerate.", "pip install 'cpt-rft[parallel]'"
+                "Several processes (engine.processes) need the package accelerate.", install_extra("parallel")
             ) from error
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
