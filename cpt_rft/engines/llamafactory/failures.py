@@ -1,6 +1,7 @@
 """The framework's known failures, each as one clear line with what to do about it."""
 
 import re
+import shutil
 from pathlib import Path
 
 from cpt_rft.errors import StageError, TrainingError, UserError
@@ -72,7 +73,9 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
 )
 _FULL = re.compile(
     r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing|File too large"
+    r"|basic_ios::clear: iostream error"
 )
+_ROOM = 1 << 20  # with less, what the framework had to say may not have fitted into its log
 
 
 def explain(status: int, output: str, log: Path) -> UserError:
@@ -84,7 +87,7 @@ def explain(status: int, output: str, log: Path) -> UserError:
         log: Where all of it is.
     """
     output = output[-_TAIL:]
-    if _FULL.search(output):
+    if _FULL.search(output) or shutil.disk_usage(log.parent).free < _ROOM:
         return StageError(
             f"The disk is full: LLaMA-Factory could not write below {log.parent}.",
             "free some space ('cpt-rft plan' prints what a run needs) and give the same command again",
