@@ -171,6 +171,10 @@ def get_engine(config: EngineConfig) -> Engine:
         from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
 
         return LlamaFactoryEngine()
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.engine import EasyR1Engine  # type: ignore[import-not-found]
+
+        return EasyR1Engine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -182,6 +186,10 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
         from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
 
         return resolve_llamafactory(config)
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import resolve as resolve_easyr1
+
+        return resolve_easyr1(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)
