@@ -309,8 +309,8 @@ def _heads(sizes: Sizes) -> Found:
 _PROCESSES = "change engine.processes or engine.nodes, or the prompts of the method"
 RULES: tuple[Rule, ...] = (
     Rule("sizes and rates above 0", _positive, "its loops and buffers", "write a positive number"),
-    Rule("paths that exist", _paths, "get_abs_path would go on with null", "give the same command again"),
     Rule("exactly one '@' in a data path", _one_split, "RLHFDataset", "choose a run directory without an '@'"),
+    Rule("paths that exist", _paths, "get_abs_path would go on with null", "give the same command again"),
     Rule("load_checkpoint_path to end in global_step_N", _resume_name, "RayPPOTrainer", "name such a directory"),
     Rule(
         "clip_ratio_low from 0 to 1, clip_ratio_high from 0, clip_ratio_dual above 1",
@@ -335,10 +335,7 @@ RULES: tuple[Rule, ...] = (
         "prompts of a generation call % GPUs == 0",
         _divides(lambda s: s.generated, lambda s: s.gpus), "DataProto.chunk, first step", _PROCESSES,
     ),
-    Rule(
-        "rollout_batch_size * n % GPUs == 0",
-        _divides(lambda s: s.completions, lambda s: s.gpus), "DataProto.chunk, first step", _PROCESSES,
-    ),
+    # With it and the first of these, what DataProto.chunk and DataProto.split demand of a rollout holds too.
     Rule(
         "global_batch_size * n % GPUs == 0",
         _divides(lambda s: s.step, lambda s: s.gpus), "FSDPWorker would round, and make other steps", _PROCESSES,
@@ -347,10 +344,6 @@ RULES: tuple[Rule, ...] = (
         "global_batch_size * n / GPUs % micro_batch_size_per_device_for_update == 0",
         _divides(lambda s: s.share, _key(f"{_ACTOR}.micro_batch_size_per_device_for_update")), "FSDPWorker",
         "change engine.micro_batch_update",
-    ),
-    Rule(
-        "rollout_batch_size * n / GPUs % (global_batch_size * n / GPUs) == 0",
-        _divides(lambda s: s.completions // s.gpus, lambda s: s.share), "DataProto.split, first step", _PROCESSES,
     ),
     Rule(
         "without dynamic_batching rollout_batch_size * n / GPUs % micro_batch_size_per_device_for_experience == 0",
