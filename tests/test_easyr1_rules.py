@@ -166,7 +166,7 @@ BREAKS = [
     ("worker.actor.fsdp.enable_cpu_offload", True, "only without gradient accumulation, but a step has 128 and a"),
     ("worker.actor.micro_batch_size_per_device_for_update", 3, "micro_batch_size_per_device_for_update == 0, but 128"),
     ("worker.actor.micro_batch_size_per_device_for_experience", 3, "_for_experience == 0, but 4096 divided by 3"),
-    ("trainer.save_limit", 1, "save_limit of 2 or more"),
+    ("trainer.save_limit", 2, r"save_limit of 3 or more \(2 with validation\), but it is 2"),
     ("trainer.save_model_only", True, "save_model_only to be false"),
 ]
 

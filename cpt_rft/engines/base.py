@@ -193,3 +193,19 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)
+
+
+def check_environment(config: EngineConfig) -> None:
+    """Find the environment that the engine trains in; one that trains in this process has none.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    from cpt_rft.engines.environment import find_environment
+
+    if config.name == "llamafactory":
+        find_environment(config.name, config.environment)
+    elif config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import environment_of
+
+        environment_of(config)

@@ -54,14 +54,14 @@ def train_stage(
             tasks=stage.tasks,
             data=tuple(run.data.path(task, "train") for task in stage.tasks),
             method=chain.method,
-            engine=run.experiment.engine,
+            engine=run.experiment.engine_for(chain.method),
             prompt_preset=run.experiment.data.prompt_preset,
             seed=chain.seed,
             seed_path=tuple(identity["seed_path"]),
             history=history,
             source=None if chain.method.knows_its_rows else source,
         )
-        get_engine(run.experiment.engine).train(work, report)
+        get_engine(work.engine).train(work, report)
         verify_checkpoint(stage.partial / "checkpoint")
         provenance = make_provenance(
             stage.partial / "checkpoint",

@@ -18,6 +18,9 @@ from cpt_rft.vision import VisionSpec
 
 YAML, FIXES, SCRIPT = "train.yaml", "fixes.json", "train.sh"
 REWARD_CPUS = 1
+# The framework takes the first checkpoint for the best one while nothing is validated, never removes it, and removes
+# what is over the limit before it writes: with 2, a kill while it writes would leave the first one only.
+KEPT = 3
 DEFAULT_BATCHED_TOKENS = 8192
 _KL = {"k1": "kl", "abs": "abs", "k2": "mse", "k3": "low_var_kl"}
 _WIDTH = {"bfloat16": "bf16", "float32": "fp32"}
@@ -221,7 +224,7 @@ def _trainer(engine: EasyR1Config, method: GrpoMethod, files: Files, resume: Pat
         "val_freq": -1,
         "val_generations_to_log": 0,
         "save_freq": engine.save_every,
-        "save_limit": 2,  # the framework removes the older one before it writes
+        "save_limit": KEPT,
         "save_model_only": False,
         "save_checkpoint_path": str(files.out),
         "load_checkpoint_path": None if resume is None else str(resume),

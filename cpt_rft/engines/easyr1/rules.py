@@ -282,7 +282,8 @@ def _enough_rows(sizes: Sizes) -> Found:
 
 
 def _kept(sizes: Sizes) -> Found:
-    return "it is 1" if sizes["trainer.save_limit"] == 1 else None
+    limit, least = sizes["trainer.save_limit"], 2 if sizes["trainer.val_freq"] > 0 else 3
+    return f"it is {limit}" if 0 < limit < least else None
 
 
 def _resumable(sizes: Sizes) -> Found:
@@ -365,7 +366,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rollout_batch_size / mini_rollout_batch_size <= max_try_make_batch", _tries, "the first step", "raise it",
     ),
-    Rule("save_limit of 2 or more", _kept, "the old checkpoint goes before the new one is whole", "write 2"),
+    Rule("save_limit of 3 or more (2 with validation)", _kept, "remove_obsolete_ckpt, before it saves", "write 3"),
     Rule("save_model_only to be false", _resumable, "such a checkpoint cannot be resumed", "write false"),
     Rule(
         "as many rows as a rollout has prompts", _enough_rows, "create_dataloader drops what is not full",
