@@ -116,7 +116,7 @@ class Meter:
 
 
 def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
-    """Check the base checkpoint; return the engine's configuration with ``auto`` replaced by what is there.
+    """Check the base checkpoint; return each engine's configuration with ``auto`` replaced by what is there.
 
     Raises:
         ConfigError: Pictures would be scored in other sizes than they are trained in.
@@ -128,14 +128,18 @@ def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
     from eval.contract import asked_vision
 
     verify_checkpoint(base)
-    trained = VisionSpec.read(base).with_limits(*experiment.engine.pixel_limits)
     scored = asked_vision(base, experiment.evaluation)
-    if trained != scored:
-        raise ConfigError(
-            f"Training follows the files of {base}, scoring would not: {'; '.join(spec_differences(trained, scored))}.",
-            "set evaluation.min_pixels and evaluation.max_pixels to the base's, or to null",
-        )
-    return dump(resolve_engine(experiment.engine))
+    for key, engine in experiment.engines.items():
+        trained = VisionSpec.read(base).with_limits(*engine.pixel_limits)
+        if trained != scored:
+            limits = f"{key}.min_pixels={scored.min_pixels} {key}.max_pixels={scored.max_pixels}"
+            raise ConfigError(
+                f"{key} trains on pictures of other sizes than are scored:"
+                f" {'; '.join(spec_differences(trained, scored))}.",
+                "set evaluation.min_pixels and evaluation.max_pixels to what every engine trains on (null: the base's)"
+                + (f", or give {limits}" if engine.name != "local" else ""),
+            )
+    return {key: dump(resolve_engine(engine)) for key, engine in experiment.engines.items()}
 
 
 def do_job(directory: Path, job: Job, emit: Emit) -> None:

@@ -10,7 +10,7 @@ from cpt_rft.config.engine import EngineConfig, parse_engine
 from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import PreparedData, check_prepared, prepare
-from cpt_rft.engines.base import ARTEFACTS_NAME
+from cpt_rft.engines.base import ARTEFACTS_NAME, check_environment
 from cpt_rft.errors import StageError
 from cpt_rft.files import DirectoryLock, discard_directory, explain_os_error, read_json, sha256_json, write_json_atomic
 from cpt_rft.manifest import code_sha256
@@ -59,13 +59,22 @@ class Session:
         """Do jobs, the longest first."""
         if not jobs:
             return
+        for job in jobs:
+            self._check_environment(job)
         work = {job.label: _work(self.run, job) for job in jobs}
         experiment = self.run.experiment
         size = sum(record.size for record in self.run.base.files.values())
-        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.engine.cores, size)
+        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.cores, size)
         ordered = sorted(jobs, key=lambda job: -work[job.label])
         with make_display(work) as display:
             self.pool.run(ordered, workers, display)
+
+    def _check_environment(self, job: Job) -> None:
+        """Refuse to start what could not train when its time comes, after hours of scoring."""
+        if job.kind == "chain" and job.train:
+            chain = job.chain(self.run)
+            if any(stage.name in job.stages and not stage.directory.exists() for stage in chain.stages):
+                check_environment(self.run.experiment.engine_for(chain.method))
 
 
 @contextmanager
@@ -81,10 +90,10 @@ def open_session(asked: Experiment, say: Say, *, debug: bool = False) -> Iterato
         with DirectoryLock(directory) as lock:
             pool = Pool(directory, asked.engine.threads, lock.descriptor, debug=debug)
 
-            def preflight(experiment: Experiment, base: Path) -> EngineConfig:
+            def preflight(experiment: Experiment, base: Path) -> dict[str, EngineConfig]:
                 say(f"checking {base} and this machine")
                 order = {"preflight": dump(experiment), "base": str(base)}
-                return parse_engine(pool.ask(order))
+                return {key: parse_engine(engine) for key, engine in pool.ask(order).items()}
 
             run = make_run(directory, asked, preflight, lambda name: say(f"drawing {name}"))
             yield Session(run, asked, pool, say)

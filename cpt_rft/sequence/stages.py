@@ -62,7 +62,7 @@ def train_stage(
         work = _work(run, chain, stage, identity, parent, history, source)
         if work.method.filter is not None and (work.engine.name != "local" or work.engine.processes == 1):
             try_rows(work, tick)
-        get_engine(run.experiment.engine).train(work, report)
+        get_engine(work.engine).train(work, report)
         verify_checkpoint(stage.partial / "checkpoint")
         provenance = make_provenance(
             stage.partial / "checkpoint",
@@ -121,7 +121,7 @@ def _work(
         tasks=stage.tasks,
         data=tuple(run.data.path(task, "train") for task in stage.tasks),
         method=chain.method,
-        engine=run.experiment.engine,
+        engine=run.experiment.engine_for(chain.method),
         prompt_preset=run.experiment.data.prompt_preset,
         seed=chain.seed,
         seed_path=tuple(identity["seed_path"]),
