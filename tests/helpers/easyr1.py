@@ -45,7 +45,13 @@ def environment() -> Path:
 
 
 def write_stage(
-    directory: Path, *, task: str = "mini_gqa", rows: int = 16, fixes: dict[str, Any] | None = None, **changes: Any
+    directory: Path,
+    *,
+    task: str = "mini_gqa",
+    rows: int = 16,
+    reward: str = REWARD,
+    fixes: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
     """Write what EasyR1 needs for a stage of the miniature, and what our entry needs beside it.
 
@@ -53,6 +59,7 @@ def write_stage(
         directory: Gets the files.
         task: A task of the miniature.
         rows: How many of its training rows.
+        reward: The reward file.
         fixes: What ``fixes.json`` says instead of the defaults.
         changes: Values of the framework's keys by their dotted names, with ``__`` for the dot.
     """
@@ -60,7 +67,7 @@ def write_stage(
     train = directory / "train.parquet"
     pq.write_table(_easyr1_table(make_rows(task, "train", rows, 0), "miniature"), train)
     (directory / "prompt.jinja").write_text("{{ content }}" + PRESETS["miniature"].direct)
-    (directory / "reward.py").write_text(REWARD)
+    (directory / "reward.py").write_text(reward)
     keys: dict[str, Any] = {
         "data.train_files": f"{train}@train",
         "data.val_files": f"{train}@train[:1]",
@@ -117,12 +124,14 @@ def write_stage(
     return directory
 
 
-def run_stage(directory: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def run_stage(
+    directory: Path, module: str = "cpt_rft.engines.easyr1.entry", timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     """Run our entry on a stage; its output is also in ``framework.log`` beside the stage's files."""
     python = environment() / "bin" / "python"
-    command = [str(python), "-m", "cpt_rft.engines.easyr1.entry", "train.yaml", "fixes.json"]
+    command = [str(python), "-m", module, "train.yaml", "fixes.json"]
     variables = environment_variables(environment()) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables |= {"HF_HOME": str(directory / "cache")}
+    variables |= {"HF_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command,
         cwd=directory,
