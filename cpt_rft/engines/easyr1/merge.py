@@ -66,13 +66,15 @@ def check_shards(actor: Path, processes: int) -> None:
 def check_generation(merged: Path, parent: Path) -> None:
     """Refuse weights beside another generation configuration than the one that training began with.
 
-    The end tokens stand in it: without them the next task of a chain would mask its responses wrongly.
+    The end tokens stand in it: without them the next task of a chain would mask its responses wrongly. Files may leave
+    out what is a default, but no token.
 
     Raises:
         CheckpointError: They differ.
     """
     one, other = (_generation(directory) for directory in (merged, parent))
-    differ = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    looked_at = {*one, *(key for key in other if key.endswith("token_id"))}
+    differ = sorted(key for key in looked_at if one.get(key) != other.get(key))
     if differ:
         raise CheckpointError(
             f"{merged / 'generation_config.json'}: {differ[0]} is {one.get(differ[0])!r}, the parent has"
