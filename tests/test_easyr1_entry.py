@@ -289,4 +289,4 @@ def test_what_needs_vllm_is_only_named_on_device_cpu(monkeypatch: pytest.MonkeyP
 
 def test_rows_of_one_prompt_share_their_context_where_they_can() -> None:
     assert side_by_side(["b", "a", "b", "a"]) == ([0, 2, 1, 3], 2)
-    assert side_by_side(["b", "a", "a"]) == ([0, 1, 2], 1)
+    assert side_by_side(["b", "a", "b", "a", "a"]) == ([0, 1, 2, 3, 4], 1)
