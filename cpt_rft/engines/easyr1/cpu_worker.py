@@ -32,9 +32,9 @@ from verl.utils.tokenizer import get_processor
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.engines.easyr1.cpu_batch import Sampling, encoded_prompts, response_logprobs, responses
+from cpt_rft.engines.easyr1.stand_in import refuse_what_needs_a_gpu
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.optimise import Optimiser
-from cpt_rft.errors import ConfigError
 from cpt_rft.seeds import derive_seed
 
 
@@ -59,9 +59,7 @@ class LocalWorker(WithoutCuda):
 
     def __init__(self, config: Any, role: str) -> None:
         super().__init__()
-        if role != "actor_rollout_ref":
-            raise ConfigError(f"Device cpu has no worker for the role {role}.", "use grpo, rloo or remax")
-        refuse_what_needs_a_gpu(config, self.world_size)
+        refuse_what_needs_a_gpu(config, role, self.world_size)
         self.config = config
         self.sampled = 0  # calls that sampled, also before a resume: each has its own seeds
         self.prompts: dict[str, EncodedPrompt] = {}
@@ -236,27 +234,6 @@ class LocalWorker(WithoutCuda):
         told = {**numbers, "pg_loss": float(policy_loss.detach())}
         append_to_dict(metrics, {f"actor/{key}": value for key, value in told.items()})
         return float(loss.detach())
-
-
-def refuse_what_needs_a_gpu(config: Any, workers: int) -> None:
-    """Check that the ``worker`` section asks for nothing that device cpu has not.
-
-    Raises:
-        ConfigError: The first key that does.
-    """
-    actor, rollout = config.actor, config.rollout
-    wanted = (
-        ("trainer.nnodes times trainer.n_gpus_per_node", workers, 1),
-        ("worker.actor.model.lora.rank", actor.model.lora.rank, 0),
-        ("worker.actor.ulysses_size", actor.ulysses_size, 1),
-        ("worker.actor.optim.strategy", actor.optim.strategy, "adamw"),
-        ("worker.rollout.tensor_parallel_size", rollout.tensor_parallel_size, 1),
-        ("worker.rollout.top_k", rollout.top_k, -1),
-        ("worker.rollout.ignore_eos", rollout.ignore_eos, False),
-    )
-    for key, value, only in wanted:
-        if value != only:
-            raise ConfigError(f"{key} is {value}, on device cpu it must be {only}.", f"set it to {only}, or use a GPU")
 
 
 def learning_rates(optim: Any) -> Any:
