@@ -150,6 +150,7 @@ def test_equal_rewards_move_nothing_unless_the_papers_rounding_is_asked_for(tmp_
     (exact,) = run(tmp_path / "exact", **settings)
     assert exact["cpt_rft"]["zero_variance"] == 1.0 and exact["cpt_rft"]["rounded_groups"] == 0
     assert exact["critic"]["advantages"] == {"mean": 0.0, "max": 0.0, "min": 0.0}
+    assert exact["actor"]["grad_norm"] == 0.0
     assert same(shard(tmp_path / "exact", 1), base_weights())
     (paper,) = run(tmp_path / "paper", **settings, fixes={"exact_zero": False, "count_rounded": str(counted)})
     assert paper["cpt_rft"]["rounded_groups"] == 8

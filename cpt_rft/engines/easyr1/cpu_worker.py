@@ -10,6 +10,7 @@ has a logit lower by 100 in rollouts, and none in training); a micro-batch is a 
 tokens; sampling is reproducible across a resume.
 """
 
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -154,7 +155,8 @@ class LocalWorker(WithoutCuda):
                 outcome = self.optimiser.step(0, sum(losses))
                 if not outcome.moved:
                     print("Gradient norm is not finite. Skip update.")
-                append_to_dict(metrics, {"actor/grad_norm": outcome.grad_norm or float("nan")})
+                norm = math.nan if outcome.grad_norm is None else outcome.grad_norm
+                append_to_dict(metrics, {"actor/grad_norm": norm})
         self.schedule.optimizer.step()  # moves nothing: the schedule wants to see it
         self.schedule.step()
         metrics |= {"actor/lr": rate, "perf/cpu_memory_used_gb": psutil.virtual_memory().used / 1024**3}
