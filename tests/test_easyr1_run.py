@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import load_policy
-from cpt_rft.engines.environment import environment_variables
-from tests.helpers.easyr1 import BASE, ROOT, environment, log_of, run_stage, write_stage
+from tests.helpers.easyr1 import BASE, ROOT, environment, log_of, run_stage, variables, write_stage
 
 pytestmark = pytest.mark.full
 LONG = {
@@ -48,8 +47,9 @@ def run(directory: Path, **settings: Any) -> list[dict[str, Any]]:
 def check(program: str, stage: Path) -> dict[str, Any]:
     """What a program in EasyR1's environment says of a stage's configuration."""
     command = [str(environment() / "bin" / "python"), str(ROOT / "tests/engine_envs" / program), str(stage)]
-    variables = environment_variables(environment()) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(stage / "cache")}
-    done = subprocess.run(command, env=variables, cwd=stage, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=variables(stage / "cache"), cwd=stage, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return found
@@ -77,9 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(directory, **LONG)
     actor = directory / "out/global_step_40/actor"
     merge = [str(environment() / "bin" / "python"), str(ROOT / "EasyR1/scripts/model_merger.py"), "--local_dir"]
-    done = subprocess.run(
-        [*merge, str(actor)], capture_output=True, text=True, env=environment_variables(environment())
-    )
+    done = subprocess.run([*merge, str(actor)], capture_output=True, text=True, env=variables(directory))
     assert done.returncode == 0 and "Cannot find key" not in done.stdout, done.stdout + done.stderr
     return directory
 
@@ -152,6 +150,7 @@ def test_equal_rewards_move_nothing_unless_the_papers_rounding_is_asked_for(tmp_
     (exact,) = run(tmp_path / "exact", **settings)
     assert exact["cpt_rft"]["zero_variance"] == 1.0 and exact["cpt_rft"]["rounded_groups"] == 0
     assert exact["critic"]["advantages"] == {"mean": 0.0, "max": 0.0, "min": 0.0}
+    assert exact["actor"]["grad_norm"] == 0.0
     assert same(shard(tmp_path / "exact", 1), base_weights())
     (paper,) = run(tmp_path / "paper", **settings, fixes={"exact_zero": False, "count_rounded": str(counted)})
     assert paper["cpt_rft"]["rounded_groups"] == 8

@@ -19,7 +19,8 @@ def environment_of(engine: EasyR1Config) -> Path:
     Raises:
         ConfigError: It is not there.
     """
-    return find_environment(f"{NAME}_cpu" if engine.device == "cpu" else NAME, engine.environment)
+    lock = f"{NAME}_cpu" if engine.device == "cpu" else NAME
+    return find_environment(NAME, engine.environment, lock=lock)
 
 
 def resolve(config: EngineConfig) -> EngineConfig:
