@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cpt_rft.engines.easyr1 import native
 from cpt_rft.engines.easyr1.rules import RULES, check, schema
 from cpt_rft.errors import ConfigError
-from tests.helpers.easyr1 import SEVEN_B, SPEC, engine, grpo, make_files
+from tests.helpers.easyr1_settings import SEVEN_B, SPEC, engine, grpo, make_files
 
 Json = dict[str, Any]
 

@@ -98,6 +98,7 @@ class StepLog:
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
         rollout_gap_mean: Mean of that difference.
+        unscored: Completions whose scoring failed for a reason that is no one's answer; they earned nothing.
         rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
         shown: Mean tokens of the target that were shown a prompt (UFT, Prefix-RFT).
         difficulty: Target difficulty of the step (AdaRFT).
@@ -130,6 +131,7 @@ class StepLog:
     entropy: float | None = None
     rollout_gap: float | None = None
     rollout_gap_mean: float | None = None
+    unscored: int | None = None
     rounded_groups: int | None = None
     shown: float | None = None
     difficulty: float | None = None
