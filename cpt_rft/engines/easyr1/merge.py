@@ -55,9 +55,14 @@ def check_shards(actor: Path, processes: int) -> None:
     """
     wanted = {shard_name("model", processes, rank) for rank in range(processes)}
     for name in sorted(wanted):
-        if not zipfile.is_zipfile(actor / name):
-            what = "is cut short" if (actor / name).exists() else "is not there"
-            raise CheckpointError(f"{actor / name} {what}.", _ANEW)
+        path = actor / name
+        if not zipfile.is_zipfile(path):
+            what = "is cut short" if path.exists() else "is not there"
+            raise CheckpointError(f"{path} {what}.", _ANEW)
+        with zipfile.ZipFile(path) as file:
+            saved_as = file.namelist()[0].partition("/")[0]  # torch.save writes the name of the file into it
+        if saved_as != path.stem:
+            raise CheckpointError(f"{path} was saved as {saved_as}{path.suffix}.", f"rename it back; or {_ANEW}")
     surplus = sorted({path.name for path in actor.glob("model_world_size_*.pt")} - wanted)
     if surplus:
         raise CheckpointError(f"{actor / surplus[0]} is of another number of processes than {processes}.", _ANEW)
