@@ -16,7 +16,8 @@ from cpt_rft.config.load import load_experiment
 from cpt_rft.engines.environment import locked_versions
 from cpt_rft.engines.llamafactory.estimate import Shape, activation_bytes, state_bytes, work_bytes
 from cpt_rft.errors import ConfigError
-from cpt_rft.sequence.doctor import Finding, examine
+from cpt_rft.sequence.doctor import examine
+from cpt_rft.sequence.finding import Finding
 from cpt_rft.sequence.plan import Selection
 from cpt_rft.sequence.status import plan, plan_table
 from tests.helpers.llamafactory import BASE

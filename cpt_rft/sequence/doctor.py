@@ -4,37 +4,21 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from cpt_rft.config.engine import LlamaFactoryConfig
+from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig
 from cpt_rft.config.load import find_directory
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
+from cpt_rft.sequence.doctor_easyr1 import easyr1_parts
+from cpt_rft.sequence.finding import Finding, compare_with_lock
 from cpt_rft.sequence.plan import Selection
 from cpt_rft.sequence.sizes import gib, measured
 from cpt_rft.sequence.status import plan
 
 SHARED_BYTES = 1 << 30  # what data loaders and NCCL of one machine want of /dev/shm
-Word = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: The thing.
-        word: Whether it will do.
-        text: What was found.
-        fix: What to do about it; empty where it is fine.
-    """
-
-    what: str
-    word: Word
-    text: str
-    fix: str = ""
 
 
 def examine(experiment: Experiment, selection: Selection) -> list[Finding]:
@@ -46,14 +30,13 @@ def examine(experiment: Experiment, selection: Selection) -> list[Finding]:
         "data": lambda: _data(experiment),
         "disk": lambda: _disk(experiment, selection),
     }
-    engine = experiment.engine
-    if isinstance(engine, LlamaFactoryConfig):
-        parts |= {
-            "environment": lambda: _environment(engine),
-            "GPUs": lambda: _gpus(engine, base),
-            "shared memory": lambda: _shared(engine),
-            "port": lambda: _port(engine),
-        }
+    chains = selection.chains(experiment, Path(experiment.output))
+    for engine in experiment.engines.values():
+        own = [chain for chain in chains if experiment.engine_for(chain.method) is engine]
+        if own and isinstance(engine, LlamaFactoryConfig):
+            parts |= _llamafactory(engine, base)
+        elif own and isinstance(engine, EasyR1Config):
+            parts |= easyr1_parts(engine, own, base)
     found: list[Finding] = []
     for what, look in parts.items():
         try:
@@ -142,22 +125,22 @@ def _disk(experiment: Experiment, selection: Selection) -> Iterator[Finding]:
         yield Finding("disk", "ok", text)
 
 
+def _llamafactory(engine: LlamaFactoryConfig, base: Path) -> dict[str, Callable[[], Iterator[Finding]]]:
+    """What LLaMA-Factory needs, by name."""
+    return {
+        "environment": lambda: _environment(engine),
+        "GPUs": lambda: _gpus(engine, base),
+        "shared memory": lambda: _shared(engine),
+        "port": lambda: _port(engine),
+    }
+
+
 def _environment(engine: LlamaFactoryConfig) -> Iterator[Finding]:
-    from cpt_rft.engines.environment import find_environment, installed_versions, locked_versions
+    from cpt_rft.engines.environment import find_environment, installed_versions
 
     place = find_environment("llamafactory", engine.environment)
-    there, locked = installed_versions(place), locked_versions("llamafactory")
-    differ = [
-        f"{name} {there.get(name, 'missing')} instead of {version}"
-        for name, version in locked.items()
-        if there.get(name, "").partition("+")[0] != version
-    ]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        fix = "delete it and run 'bash scripts/setup_llamafactory.sh', unless you mean to use these"
-        yield Finding("environment", "warning", f"{place}: {', '.join(differ[:3])}{more}.", fix)
-    else:
-        yield Finding("environment", "ok", f"{place}: all {len(locked)} packages as locked")
+    yield from compare_with_lock("environment", "llamafactory", "llamafactory", place)
+    there = installed_versions(place)
     if engine.attention == "fa2" and "flash-attn" not in there:
         yield Finding("environment", "problem", "flash-attn is not installed.", "install it there, or attention=sdpa")
     if engine.ray and "ray" not in there:

@@ -19,8 +19,12 @@ def environment_of(engine: EasyR1Config) -> Path:
     Raises:
         ConfigError: It is not there.
     """
-    lock = f"{NAME}_cpu" if engine.device == "cpu" else NAME
-    return find_environment(NAME, engine.environment, lock=lock)
+    return find_environment(NAME, engine.environment, lock=lock_name(engine))
+
+
+def lock_name(engine: EasyR1Config) -> str:
+    """Name of the lock of that environment."""
+    return f"{NAME}_cpu" if engine.device == "cpu" else NAME
 
 
 def resolve(config: EngineConfig) -> EngineConfig:
