@@ -176,9 +176,9 @@ class EasyR1Config(_Engine):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     micro_batch_update: PositiveInt = 4
-    """Completions that a GPU holds at once in the update."""
+    """Completions that a GPU holds at most at once in the update; less where they do not divide its share of a step."""
     micro_batch_experience: PositiveInt = 16
-    """Completions that a GPU holds at once where only their log-probabilities are taken."""
+    """The same where only log-probabilities are taken, of a whole rollout."""
     save_every: PositiveInt = 10
     """Rollouts between two resume points within a stage."""
 

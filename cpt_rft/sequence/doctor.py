@@ -13,7 +13,7 @@ from cpt_rft.config.load import find_directory
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
 from cpt_rft.sequence.plan import Selection
-from cpt_rft.sequence.sizes import measured
+from cpt_rft.sequence.sizes import gib, measured
 from cpt_rft.sequence.status import plan
 
 SHARED_BYTES = 1 << 30  # what data loaders and NCCL of one machine want of /dev/shm
@@ -133,7 +133,7 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
 def _disk(experiment: Experiment, selection: Selection) -> Iterator[Finding]:
     result = plan(experiment, selection)
     needed, free = result["disk_peak_bytes"], result["disk_free_bytes"]
-    text = f"about {_gib(needed)} at the peak, {_gib(free)} free in {experiment.output}"
+    text = f"about {gib(needed)} at the peak, {gib(free)} free in {experiment.output}"
     if needed > free:
         yield Finding(
             "disk", "problem", text, "free some, choose another place with output=DIRECTORY, or fewer methods"
@@ -177,7 +177,7 @@ def _gpus(engine: LlamaFactoryConfig, base: Path) -> Iterator[Finding]:
         return
     have = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     need = state_bytes(resolved, Shape.read(base))[0] if base.is_dir() else 0
-    text = f"{resolved.processes} processes; {_gib(have)} a GPU, about {_gib(need)} of it for weights and optimizer"
+    text = f"{resolved.processes} processes; {gib(have)} a GPU, about {gib(need)} of it for weights and optimizer"
     if need > have:
         yield Finding("GPUs", "problem", text, "use engine.deepspeed=zero3 or zero3_offload, or more GPUs")
     else:
@@ -192,10 +192,10 @@ def _shared(engine: LlamaFactoryConfig) -> Iterator[Finding]:
     many = engine.processes != 1 or engine.workers_a_process
     if many and free < SHARED_BYTES:
         yield Finding(
-            "shared memory", "problem", f"{_gib(free)} free in {place}.", "start the container with --shm-size=16g"
+            "shared memory", "problem", f"{gib(free)} free in {place}.", "start the container with --shm-size=16g"
         )
     else:
-        yield Finding("shared memory", "ok", f"{_gib(free)} free in {place}")
+        yield Finding("shared memory", "ok", f"{gib(free)} free in {place}")
 
 
 def _port(engine: LlamaFactoryConfig) -> Iterator[Finding]:
@@ -211,7 +211,3 @@ def _port(engine: LlamaFactoryConfig) -> Iterator[Finding]:
             yield Finding("port", "problem", f"MASTER_PORT {port} is taken or no port.", "export another one")
             return
     yield Finding("port", "ok", f"MASTER_PORT {port} is free here")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
