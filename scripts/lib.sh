@@ -46,9 +46,11 @@ pip_install() { # pip's progress bars on a terminal, only its errors in a log
         die "pip could not install: $*." "see pip's message above; the next start goes on from here"
 }
 
+has_gpu() { command -v nvidia-smi && nvidia-smi; } >/dev/null 2>&1
+
 # On Linux the default index answers "torch" with a CUDA build of some gigabytes, useless without an NVIDIA GPU.
 install_torch() {
-    [ "$(uname -s)" = Linux ] && ! { command -v nvidia-smi && nvidia-smi; } >/dev/null 2>&1 || return 0
+    [ "$(uname -s)" = Linux ] && ! has_gpu || return 0
     if [ -n "${CPT_RFT_TORCH_INDEX:-}" ]; then
         say "no NVIDIA GPU: torch $TORCH_VERSION from $CPT_RFT_TORCH_INDEX (about 200 MB)"
         pip_install --index-url "$CPT_RFT_TORCH_INDEX" "torch==$TORCH_VERSION"

@@ -26,6 +26,7 @@ LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
     *(
         "zero_variance",
+        "unscored",
         "skipped",
         "seconds",
         "tokens",

@@ -13,11 +13,10 @@ import pytest
 from cpt_rft.config.load import REPOSITORY, dump, load_experiment
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME
-from cpt_rft.engines.local.rollouts import WORK_NAME
 from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.files import read_json, read_json_lines
 from cpt_rft.manifest import read_manifest
-from cpt_rft.methods.instances import KEPT_NAME
+from cpt_rft.methods.instances import KEPT_NAME, TRIES_NAME
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.sequence.job import Job, do_job
 from cpt_rft.sequence.lineage import first_problem, survey
@@ -129,7 +128,7 @@ def test_the_share_kept_is_in_manifest_results_and_table(done: Tiny) -> None:
     seed = results["methods"]["rif"]["seeds"]["0"]
     for place, task in enumerate((TASK, OTHER), start=1):
         artefacts = stage_of(done, "rif", place) / ARTEFACTS_NAME
-        counts = [line["correct"] for line in read_json_lines(artefacts / WORK_NAME)]
+        counts = [line["correct"] for line in read_json_lines(artefacts / TRIES_NAME)]
         kept = sum(0 < count < 8 for count in counts)
         (recorded,) = read_manifest(artefacts.parent).provenance["kept"]
         assert recorded["tasks"] == {task: {"rows": 12, "solvable": sum(c > 0 for c in counts), "kept": kept}}
@@ -148,7 +147,7 @@ def test_rows_are_taught_from_the_checkpoint_of_the_same_task(done: Tiny) -> Non
         name = f"grpo/order0/seed0/{source.name} {weights[:12]}"
         assert [each["source"] for each in provenance["kept"]] == [name]
         assert read_manifest(stage).identity["source"] == read_manifest(source).identity_sha256
-        lines = read_json_lines(stage / ARTEFACTS_NAME / WORK_NAME)
+        lines = read_json_lines(stage / ARTEFACTS_NAME / TRIES_NAME)
         rows = {row.id: row for row in make_rows(task, "train", 12, 0)}
         taught = [(rows[line["id"]], line["response"]) for line in lines if line["response"] is not None]
         assert taught and all(is_right(row, response) for row, response in taught)

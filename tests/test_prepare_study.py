@@ -180,7 +180,7 @@ json.dump(told, open(found, "w"))
 
 def test_easyr1_reads_its_export(out: Path, tmp_path: Path) -> None:
     """Rows, prompts, pictures and, after the processor expanded the pictures, the number of tokens that we count."""
-    python, base = _environment_of("easyr1"), ROOT / "cpt_rft" / "miniature" / "base"
+    python, base = _environment_of("easyr1*"), ROOT / "cpt_rft" / "miniature" / "base"
     folder = out / "exports" / "easyr1"
     names = [f"{name}/train" for name in SEVEN] + [f"{name}/test" for name in EVERY]
     script = tmp_path / "read.py"

@@ -98,6 +98,7 @@ class StepLog:
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
         rollout_gap_mean: Mean of that difference.
+        unscored: Completions whose scoring failed for a reason that is no one's answer; they earned nothing.
         rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
         shown: Mean tokens of the target that were shown a prompt (UFT, Prefix-RFT).
         difficulty: Target difficulty of the step (AdaRFT).
@@ -130,6 +131,7 @@ class StepLog:
     entropy: float | None = None
     rollout_gap: float | None = None
     rollout_gap_mean: float | None = None
+    unscored: int | None = None
     rounded_groups: int | None = None
     shown: float | None = None
     difficulty: float | None = None
@@ -171,6 +173,10 @@ def get_engine(config: EngineConfig) -> Engine:
         from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
 
         return LlamaFactoryEngine()
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.engine import EasyR1Engine  # type: ignore[import-not-found]
+
+        return EasyR1Engine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -182,6 +188,26 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
         from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
 
         return resolve_llamafactory(config)
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import resolve as resolve_easyr1
+
+        return resolve_easyr1(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)
+
+
+def check_environment(config: EngineConfig) -> None:
+    """Find the environment that the engine trains in; one that trains in this process has none.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    from cpt_rft.engines.environment import find_environment
+
+    if config.name == "llamafactory":
+        find_environment(config.name, config.environment)
+    elif config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import environment_of
+
+        environment_of(config)

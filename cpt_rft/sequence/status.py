@@ -29,7 +29,7 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
     chains = selection.chains(experiment, directory)
     base = find_directory(experiment.base_model)
     size = sum((base / name).stat().st_size for name in list_tree(base)) if base.is_dir() else 0
-    workers = worker_count(experiment.asked_workers, len(chains), experiment.engine.cores, size)
+    workers = worker_count(experiment.asked_workers, len(chains), experiment.cores, size)
     existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
     keys = ("chain", "stage", "parent", "rows", "steps", "tokens")
     outside = native_plan(experiment, chains, base)

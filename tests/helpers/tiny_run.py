@@ -77,8 +77,8 @@ class Tiny:
         """Make the run directory in this process."""
         self.directory.mkdir(exist_ok=True)
 
-        def resolve(experiment: Experiment, base: Path) -> EngineConfig:
-            return parse_engine(preflight(experiment, base))
+        def resolve(experiment: Experiment, base: Path) -> dict[str, EngineConfig]:
+            return {key: parse_engine(engine) for key, engine in preflight(experiment, base).items()}
 
         make_run(self.directory, self.experiment(), resolve, lambda name: None)
 

@@ -13,11 +13,12 @@ from cpt_rft.config.engine import EngineConfig, LlamaFactoryConfig
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.engines.base import Stage, StepLog
 from cpt_rft.engines.environment import environment_variables, find_environment
+from cpt_rft.engines.handover import assemble, sing, start_checkpoint
 from cpt_rft.engines.llamafactory.failures import explain
-from cpt_rft.engines.llamafactory.finish import assemble, merge_lora, sing, start_checkpoint
+from cpt_rft.engines.llamafactory.merge import merge_lora
 from cpt_rft.engines.llamafactory.native import DATA, OUT, command, settings, world, write_native
 from cpt_rft.engines.llamafactory.resume import kept_lines, open_out
-from cpt_rft.engines.llamafactory.rows import WrittenRows, write_rows
+from cpt_rft.engines.llamafactory.rows import WrittenRows, canary_prompts, write_rows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
 from cpt_rft.engines.local.runtime import resolve as resolve_device
 from cpt_rft.engines.outside import end_leftovers, running
@@ -60,7 +61,8 @@ class LlamaFactoryEngine:
             weights = merge_lora(environment, directory, start, run.log)
         merge_history(log, directory / OUT, lines)
         assemble(weights, start, stage.directory / "checkpoint")
-        sing(environment, stage.directory / "checkpoint", directory / DATA, directory)
+        checkpoint = stage.directory / "checkpoint"
+        sing("LLaMA-Factory", environment, checkpoint, canary_prompts(directory / DATA), directory)
         for name in (
             OUT,
             "start",
@@ -165,10 +167,9 @@ def resolve(config: EngineConfig) -> EngineConfig:
     """Replace ``auto`` by this machine's GPUs, one process each.
 
     Raises:
-        ConfigError: The environment is missing, or more is asked for than there is.
+        ConfigError: More is asked for than there is.
     """
     assert isinstance(config, LlamaFactoryConfig)
-    find_environment(NAME, config.environment)
     return on_this_machine(config)
 
 

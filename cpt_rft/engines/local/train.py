@@ -25,7 +25,7 @@ from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.parallel import train_together
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
-from cpt_rft.engines.local.rollouts import chosen_rows, clear_rollouts, leave_rollouts
+from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows, clear_rollouts, leave_rollouts
 from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
@@ -59,7 +59,8 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     engine = local_config(stage)
     dtype, device = prepare(engine, team.rank if team.size > 1 else None)
     fingerprint = stage_fingerprint(stage, dtype)
-    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
+    attempt = LocalAttempt(stage, dtype, device)
+    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, attempt, team))
     policy = load_policy(stage.parent, device=device)
     policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
     check_rows(policy, stage.method, batches, stage.prompt_preset)
