@@ -69,7 +69,8 @@ def test_every_default_that_is_a_trap_is_written_out(files, tmp_path):
     found = told(files, grpo())
     traps = {
         "data.train_files": f"{tmp_path}/train.parquet@train", "data.val_files": f"{tmp_path}/train.parquet@train[:1]",
-        "data.image_dir": str(tmp_path), "data.shuffle": False, "data.filter_overlong_prompts": False, "data.val_batch_size": 1,
+        "data.image_dir": str(tmp_path), "data.val_batch_size": 1,
+        "data.shuffle": False, "data.filter_overlong_prompts": False,
         "trainer.total_epochs": 1, "trainer.max_steps": None, "trainer.val_before_train": False, "trainer.val_freq": -1,
         "trainer.logger": ["console", "file"], "trainer.find_last_checkpoint": False, "trainer.save_limit": 3,
         "trainer.load_checkpoint_path": None, "trainer.save_checkpoint_path": f"{tmp_path}/out",
