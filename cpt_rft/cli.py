@@ -104,6 +104,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
         ("data", "cpt_rft.data.command", "prepare, check, show and export real datasets"),
         ("audit", "eval.audit", "what each evaluation contract would have reported for one checkpoint"),
         ("compare", "eval.compare", "two run directories side by side: settings, and what they found"),
+        ("match", "eval.matching", "choose mixtures at equal learning by a run on dev, for a run on test"),
         ("track", "eval.track", "hand the training logs and results of a run to TensorBoard or W&B"),
         ("rescore", "eval.rescore", "score stored records again under another scorer, without generating"),
         ("pretrain", "cpt_rft.miniature.pretrain", "make the miniature base model"),

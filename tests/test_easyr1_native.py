@@ -69,13 +69,16 @@ def test_every_default_that_is_a_trap_is_written_out(files, tmp_path):
     found = told(files, grpo())
     traps = {
         "data.train_files": f"{tmp_path}/train.parquet@train", "data.val_files": f"{tmp_path}/train.parquet@train[:1]",
-        "data.shuffle": False, "data.filter_overlong_prompts": False, "data.val_batch_size": 1,
+        "data.image_dir": str(tmp_path), "data.val_batch_size": 1,
+        "data.shuffle": False, "data.filter_overlong_prompts": False,
         "trainer.total_epochs": 1, "trainer.max_steps": None, "trainer.val_before_train": False, "trainer.val_freq": -1,
         "trainer.logger": ["console", "file"], "trainer.find_last_checkpoint": False, "trainer.save_limit": 3,
         "trainer.load_checkpoint_path": None, "trainer.save_checkpoint_path": f"{tmp_path}/out",
         "worker.actor.model.trust_remote_code": False, "worker.actor.ulysses_size": 1,
         "algorithm.online_filtering": False, "worker.reward.reward_function": f"{tmp_path}/reward.py:compute_score",
-        "worker.reward.reward_function_kwargs": {"style": "cot", "records": f"{tmp_path}/rewards.jsonl"},
+        "worker.reward.reward_function_kwargs": {
+            "style": "cot", "longest": 1024, "records": f"{tmp_path}/rewards.jsonl",
+        },
         "data.seed": 3, "worker.rollout.seed": 3, "worker.rollout.val_override_config": {"n": 1},
     }  # fmt: skip
     assert {key: found[key] for key in traps} == traps
@@ -205,9 +208,9 @@ def test_what_is_written_reads_back_and_runs_by_hand(files, tmp_path):
     assert words[-5:] == ["python", "-m", "cpt_rft.engines.easyr1.entry", "train.yaml", "fixes.json"]
 
 
-def test_without_a_gpu_neither_a_cluster_nor_a_gpu_is_seen(tmp_path):
+def test_without_a_gpu_no_cluster_is_joined(tmp_path):
     text = native.script(engine(device="cpu", dtype="float32", processes=1), tmp_path)
-    assert "unset RAY_ADDRESS" in text and "export CUDA_VISIBLE_DEVICES=''" in text
+    assert "unset RAY_ADDRESS" in text and "CUDA_VISIBLE_DEVICES" not in text  # Ray would miss the GPUs it is told of
     assert "RAY_ADDRESS" not in native.script(engine(), tmp_path)
 
 

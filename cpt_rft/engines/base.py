@@ -111,6 +111,8 @@ class StepLog:
             step of a stage and every twentieth after it.
         grad_norm_mixed: The same of the groups with right and wrong completions.
         grad_norm_wrong: The same of the all-wrong groups.
+        memory_bytes: The most that the process held since the stage began: of the GPU's memory, else of the machine's.
+        energy_joules: Energy of the step by the counter of the GPU or of the processor; none where it cannot be read.
     """
 
     step: int
@@ -143,6 +145,8 @@ class StepLog:
     grad_norm_right: float | None = None
     grad_norm_mixed: float | None = None
     grad_norm_wrong: float | None = None
+    memory_bytes: int | None = None
+    energy_joules: float | None = None
 
     def line(self) -> str:
         """The line of the log, without its newline."""
@@ -174,7 +178,7 @@ def get_engine(config: EngineConfig) -> Engine:
 
         return LlamaFactoryEngine()
     if config.name == "easyr1":
-        from cpt_rft.engines.easyr1.engine import EasyR1Engine  # type: ignore[import-not-found]
+        from cpt_rft.engines.easyr1.engine import EasyR1Engine
 
         return EasyR1Engine()
     from cpt_rft.engines.local.train import LocalEngine

@@ -23,6 +23,7 @@ from cpt_rft.sequence.plan import Chain, Selection, StagePlan, evaluation_cost, 
 from cpt_rft.sequence.pool import Pool, worker_count
 from cpt_rft.sequence.rundir import Run, locked_data, make_directory, make_run
 from eval.meters import METERS
+from eval.runs import MATCHING_NAME
 
 STAMP_NAME = ".report.json"
 Say = Callable[[str], None]
@@ -258,6 +259,7 @@ def _report_inputs(run: Run) -> list[Any]:
         *(read_json(path).get("key") for path in meters),
         dump(run.experiment),
         *(read_json(path) for path in [*notes, run.base_directory / "eval" / "evaluation.json"]),
+        *(read_json(path) for path in run.directory.glob(MATCHING_NAME)),
     ]
 
 

@@ -12,6 +12,7 @@ import yaml
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.easyr1.methods import native_loss
+from cpt_rft.engines.environment import REPOSITORY
 from cpt_rft.errors import ConfigError
 from cpt_rft.files import write_text_atomic
 from cpt_rft.vision import VisionSpec
@@ -108,7 +109,7 @@ def _data(engine: EasyR1Config, method: GrpoMethod, files: Files, spec: VisionSp
         "data.prompt_key": "problem",
         "data.answer_key": "answer",
         "data.image_key": "images",
-        "data.image_dir": None,
+        "data.image_dir": str(files.train.parent),
         "data.max_prompt_length": prompt_limit(method),
         "data.max_response_length": method.max_new_tokens,
         "data.rollout_batch_size": method.prompts_per_step * method.rollout_steps,
@@ -222,7 +223,11 @@ def _rollout(engine: EasyR1Config, method: GrpoMethod, seed: int) -> dict[str, A
 def _reward(method: GrpoMethod, files: Files) -> dict[str, Any]:
     return {
         "worker.reward.reward_function": f"{files.reward}:compute_score",
-        "worker.reward.reward_function_kwargs": {"style": method.style, "records": str(files.records)},
+        "worker.reward.reward_function_kwargs": {
+            "style": method.style,
+            "longest": method.max_new_tokens,
+            "records": str(files.records),
+        },
         "worker.reward.skip_special_tokens": True,
         "worker.reward.num_cpus": REWARD_CPUS,
     }
@@ -303,7 +308,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def variables(engine: EasyR1Config) -> dict[str, str]:
     """The environment variables of a stage."""
     values = {"OMP_NUM_THREADS": str(engine.threads), "HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0"}
-    return values | ({"CUDA_VISIBLE_DEVICES": ""} if engine.device == "cpu" else {})
+    values["PYTHONPATH"] = str(REPOSITORY)  # our entry and our scorers are those of whoever started the stage
+    return values
 
 
 def script(engine: EasyR1Config, environment: Path) -> str:

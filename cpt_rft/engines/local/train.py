@@ -30,6 +30,7 @@ from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
+from cpt_rft.engines.local.usage import Usage
 from cpt_rft.files import read_json_lines
 from cpt_rft.seeds import derive_seed
 
@@ -72,6 +73,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, fingerprint)
     begin = _resume(journal, optimiser, objective, team)
+    usage = Usage(device)
     for step in range(begin, len(batches)):
         started = time.perf_counter()
         rows = batches[step]
@@ -88,6 +90,8 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             grad_norm=outcome.grad_norm,
             skipped=optimiser.skipped,
             seconds=time.perf_counter() - started,
+            memory_bytes=usage.memory_bytes(),
+            energy_joules=usage.energy_joules(),
             replayed=len(rows) - len(new) if stage.method.replay else None,
             penalty=_finite(penalty) if restraints else None,
             **fields,
