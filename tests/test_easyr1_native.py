@@ -216,7 +216,7 @@ def test_without_a_gpu_no_cluster_is_joined(tmp_path):
 
 def test_a_stages_files_are_where_the_other_parts_look_for_them(tmp_path):
     files = native.Files.of(tmp_path, tmp_path / "model")
-    names = {"data/train.parquet": files.train, "prompt.jinja": files.template, "rewards.jsonl": files.records}
+    names = {"data/train.parquet": files.train, "data/prompt.jinja": files.template, "rewards.jsonl": files.records}
     for name, path in {**names, "out": files.out, "model": files.model}.items():
         assert path == tmp_path / name
     assert files.reward == ROOT / "cpt_rft/engines/easyr1/reward.py"

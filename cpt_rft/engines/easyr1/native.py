@@ -12,13 +12,14 @@ import yaml
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.easyr1.methods import native_loss
+from cpt_rft.engines.easyr1.resume import RECORDS
+from cpt_rft.engines.easyr1.rows import TEMPLATE, TRAIN
 from cpt_rft.engines.environment import REPOSITORY
 from cpt_rft.errors import ConfigError
 from cpt_rft.files import write_text_atomic
 from cpt_rft.vision import VisionSpec
 
 YAML, FIXES, SCRIPT, OUT, DATA = "train.yaml", "fixes.json", "train.sh", "out", "data"
-TRAIN, TEMPLATE, RECORDS = "train.parquet", "prompt.jinja", "rewards.jsonl"
 REWARD = Path(__file__).resolve().with_name("reward.py")
 REWARD_CPUS = 1
 # The framework takes the first checkpoint for the best one while nothing is validated, never removes it, and removes
@@ -62,7 +63,7 @@ class Files:
         return cls(
             model=model.absolute(),
             train=place / DATA / TRAIN,
-            template=place / TEMPLATE,
+            template=place / DATA / TEMPLATE,
             reward=REWARD,
             records=place / RECORDS,
             out=place / OUT,
