@@ -15,7 +15,7 @@ from cpt_rft.engines.easyr1.failures import explain
 from cpt_rft.engines.easyr1.machine import NAME, environment_of
 from cpt_rft.engines.easyr1.merge import merge
 from cpt_rft.engines.easyr1.methods import supported_method
-from cpt_rft.engines.easyr1.native import DATA, OUT, Files, command, fixes, settings, world, write_native
+from cpt_rft.engines.easyr1.native import DATA, OUT, Files, command, deciding, fixes, settings, world, write_native
 from cpt_rft.engines.easyr1.resume import LOGS, RECORDS, archive_logs, kept_lines, open_out
 from cpt_rft.engines.easyr1.rows import CANARY, TRAIN, WrittenRows, write_rows
 from cpt_rft.engines.easyr1.watch import FRAMEWORK_LOG, Follower, Heartbeat, check_start
@@ -60,8 +60,8 @@ class EasyR1Engine:
             return settings(engine, method, run.files(start), spec, seed, resume)
 
         mended = fixes(engine, method, stage.base, directory / ROUNDED)
-        deciding = {"settings": told(None), "fixes": mended, "rows": sha256_file(directory / DATA / TRAIN)}
-        step = open_out(directory / OUT, deciding, world(engine))
+        told_once = {**deciding(told(None), mended), "rows": sha256_file(directory / DATA / TRAIN)}
+        step = open_out(directory / OUT, told_once, world(engine))
         lines = kept_lines(directory / LOGS, step, written.rollouts, method)
         log = stage.directory / "train" / "log.jsonl"
         log.parent.mkdir(exist_ok=True)
