@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
@@ -24,7 +26,6 @@ from cpt_rft.engines.handover import assemble, sing, start_checkpoint
 from cpt_rft.engines.local.batches import stage_rows
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows, clear_rollouts, leave_rollouts
-from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.outside import end_leftovers, running
 from cpt_rft.errors import TrainingError
 from cpt_rft.files import sha256_file
@@ -49,8 +50,8 @@ class EasyR1Engine:
         end_leftovers(directory)
         spec = VisionSpec.read(stage.parent).with_limits(*engine.pixel_limits)
         start = start_checkpoint(stage.parent, spec, directory / "start").absolute()
-        dtype, device = prepare(engine)
-        attempt = LocalAttempt(stage, dtype, device)
+        dtype: torch.dtype = getattr(torch, engine.dtype)
+        attempt = LocalAttempt(stage, dtype, engine.device)  # for tries that `cpt-rft filter` has not made
         chosen = chosen_rows(stage, stage_rows(stage), stage_fingerprint(stage, dtype), attempt)
         written = write_rows(stage, method, chosen, start, spec, directory / DATA)
         run = _Run(directory, engine, method, environment, written)
