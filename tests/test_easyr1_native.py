@@ -216,10 +216,25 @@ def test_without_a_gpu_no_cluster_is_joined(tmp_path):
 
 def test_a_stages_files_are_where_the_other_parts_look_for_them(tmp_path):
     files = native.Files.of(tmp_path, tmp_path / "model")
-    names = {"data/train.parquet": files.train, "prompt.jinja": files.template, "rewards.jsonl": files.records}
+    names = {"data/train.parquet": files.train, "data/prompt.jinja": files.template, "rewards.jsonl": files.records}
     for name, path in {**names, "out": files.out, "model": files.model}.items():
         assert path == tmp_path / name
     assert files.reward == ROOT / "cpt_rft/engines/easyr1/reward.py"
+
+
+def test_what_a_user_may_change_after_a_stop_does_not_make_a_stage_another(files, tmp_path):
+    def decides(**changes: Any) -> dict[str, Any]:
+        config = engine(**changes)
+        keys = native.settings(config, grpo(), files, SPEC, 0)
+        return native.deciding(keys, native.fixes(config, grpo(), tmp_path, tmp_path / "rounded.jsonl"))
+
+    free = {"environment": "/e", "ray_address": "auto", "gpu_memory_utilization": 0.5, "enforce_eager": True}
+    free |= {"offload": True, "save_every": 3}
+    assert set(free) == EasyR1Config.FREE
+    for key, value in free.items():
+        assert decides(**{key: value}) == decides(), key
+    for key, value in {"top_p": 0.9, "tensor_parallel": 4, "optimizer": "adamw_bf16", "micro_batch_update": 1}.items():
+        assert decides(**{key: value}) != decides(), key
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ def test_a_cluster_that_is_not_there_silent_or_broken_is_named(tmp_path_factory,
         free_nodes(environment("exec sleep 5"), "auto", timeout_s=0.2)
     with pytest.raises(StageError, match=r"failed: No module named ray\."):
         free_nodes(environment("echo No module named ray >&2; exit 1"), None)
+    with pytest.raises(StageError, match=r"at auto wants a token.*export RAY_AUTH_MODE=token"):
+        free_nodes(environment("echo Unauthenticated: InvalidAuthToken >&2; exit 3"), None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
     with pytest.raises(StageError, match=r"No Ray cluster runs at 10.0.0.2:6379"):
         free_nodes(environment("exit 3"), None)

@@ -19,6 +19,8 @@ from cpt_rft.errors import StageError
 
 TIMEOUT_S = 60.0
 _NO_CLUSTER = 3
+_TOKEN = "InvalidAuthToken"
+_TOKEN_FIX = "export RAY_AUTH_MODE=token, with the same ~/.ray/auth_token on all machines (docs/easyr1.md)"
 # Runs in EasyR1's environment; what is free is known to Ray's own state only, as the framework reads it too.
 _ASK = f"""
 import json, sys
@@ -154,6 +156,8 @@ def free_nodes(environment: Path, address: str | None, timeout_s: float = TIMEOU
         )
     except subprocess.TimeoutExpired:
         raise StageError(f"The Ray cluster at {named} did not answer in {timeout_s:g} s.", status) from None
+    if _TOKEN in done.stderr:
+        raise StageError(f"The Ray cluster at {named} wants a token.", _TOKEN_FIX)
     if done.returncode == _NO_CLUSTER:
         if address is None and "RAY_ADDRESS" not in os.environ:
             return None

@@ -6,31 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog
-from cpt_rft.engines.easyr1 import reward, rules
+from cpt_rft.engines.easyr1 import rules
+from cpt_rft.engines.easyr1.cluster import check_cluster
 from cpt_rft.engines.easyr1.failures import explain
 from cpt_rft.engines.easyr1.machine import NAME, environment_of
 from cpt_rft.engines.easyr1.merge import merge
 from cpt_rft.engines.easyr1.methods import supported_method
-from cpt_rft.engines.easyr1.native import Files, command, fixes, settings, world, write_native
+from cpt_rft.engines.easyr1.native import DATA, OUT, Files, command, deciding, fixes, settings, world, write_native
 from cpt_rft.engines.easyr1.resume import LOGS, RECORDS, archive_logs, kept_lines, open_out
-from cpt_rft.engines.easyr1.rows import CANARY, TEMPLATE, TRAIN, WrittenRows, write_rows
+from cpt_rft.engines.easyr1.rows import CANARY, TRAIN, WrittenRows, write_rows
 from cpt_rft.engines.easyr1.watch import FRAMEWORK_LOG, Follower, Heartbeat, check_start
 from cpt_rft.engines.environment import environment_variables
 from cpt_rft.engines.handover import assemble, sing, start_checkpoint
 from cpt_rft.engines.local.batches import stage_rows
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows, clear_rollouts, leave_rollouts
-from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.outside import end_leftovers, running
 from cpt_rft.errors import TrainingError
 from cpt_rft.files import sha256_file
 from cpt_rft.seeds import derive_seed
 from cpt_rft.vision import VisionSpec
 
-DATA, OUT, ROUNDED = "data", "out", "rounded.jsonl"
+ROUNDED = "rounded.jsonl"
 _POLL_S = 0.5
 _SEEDS = 2**31  # what the framework and vLLM take
 
@@ -48,8 +50,8 @@ class EasyR1Engine:
         end_leftovers(directory)
         spec = VisionSpec.read(stage.parent).with_limits(*engine.pixel_limits)
         start = start_checkpoint(stage.parent, spec, directory / "start").absolute()
-        dtype, device = prepare(engine)
-        attempt = LocalAttempt(stage, dtype, device)
+        dtype: torch.dtype = getattr(torch, engine.dtype)
+        attempt = LocalAttempt(stage, dtype, engine.device)  # for tries that `cpt-rft filter` has not made
         chosen = chosen_rows(stage, stage_rows(stage), stage_fingerprint(stage, dtype), attempt)
         written = write_rows(stage, method, chosen, start, spec, directory / DATA)
         run = _Run(directory, engine, method, environment, written)
@@ -59,13 +61,14 @@ class EasyR1Engine:
             return settings(engine, method, run.files(start), spec, seed, resume)
 
         mended = fixes(engine, method, stage.base, directory / ROUNDED)
-        deciding = {"settings": told(None), "fixes": mended, "rows": sha256_file(directory / DATA / TRAIN)}
-        step = open_out(directory / OUT, deciding, world(engine))
+        told_once = {**deciding(told(None), mended), "rows": sha256_file(directory / DATA / TRAIN)}
+        step = open_out(directory / OUT, told_once, world(engine))
         lines = kept_lines(directory / LOGS, step, written.rollouts, method)
         log = stage.directory / "train" / "log.jsonl"
         log.parent.mkdir(exist_ok=True)
         log.write_text("".join(line.line() + "\n" for line in lines), encoding="utf-8")
         if step < written.rollouts:
+            check_cluster(engine, environment)
             keys = told(directory / OUT / f"global_step_{step}" if step else None)
             rules.check(keys, written.rollouts * method.prompts_per_step * method.rollout_steps)
             write_native(directory, keys, mended, engine, environment)
@@ -104,14 +107,7 @@ class _Run:
 
     def files(self, start: Path) -> Files:
         """What the framework's YAML names."""
-        return Files(
-            model=start,
-            train=self.directory / DATA / TRAIN,
-            template=self.directory / DATA / TEMPLATE,
-            reward=Path(reward.__file__).absolute(),
-            records=self.directory / RECORDS,
-            out=self.directory / OUT,
-        )
+        return Files.of(self.directory, start)
 
     def follow(self, step: int, report: Callable[[StepLog], None], ours: Path) -> None:
         """Run it to its end; every rollout is reported and logged as it is seen.

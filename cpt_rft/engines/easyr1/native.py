@@ -12,13 +12,15 @@ import yaml
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.easyr1.methods import native_loss
+from cpt_rft.engines.easyr1.resume import RECORDS
+from cpt_rft.engines.easyr1.rows import TEMPLATE, TRAIN
+from cpt_rft.engines.easyr1.rules import flattened
 from cpt_rft.engines.environment import REPOSITORY
 from cpt_rft.errors import ConfigError
 from cpt_rft.files import write_text_atomic
 from cpt_rft.vision import VisionSpec
 
 YAML, FIXES, SCRIPT, OUT, DATA = "train.yaml", "fixes.json", "train.sh", "out", "data"
-TRAIN, TEMPLATE, RECORDS = "train.parquet", "prompt.jinja", "rewards.jsonl"
 REWARD = Path(__file__).resolve().with_name("reward.py")
 REWARD_CPUS = 1
 # The framework takes the first checkpoint for the best one while nothing is validated, never removes it, and removes
@@ -62,7 +64,7 @@ class Files:
         return cls(
             model=model.absolute(),
             train=place / DATA / TRAIN,
-            template=place / TEMPLATE,
+            template=place / DATA / TEMPLATE,
             reward=REWARD,
             records=place / RECORDS,
             out=place / OUT,
@@ -287,6 +289,27 @@ def fixes(engine: EasyR1Config, method: GrpoMethod, base: Path, rounded: Path) -
         "device": engine.device,
         "ray_address": engine.ray_address,
     }
+
+
+def deciding(keys: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's files decides what is trained, so that the rest may change between two starts of it.
+
+    Args:
+        keys: Of `settings`.
+        told: Of `fixes`.
+    """
+    flat = {key: value for key, value in flattened(keys) if key not in _FREE}
+    return {"settings": flat, "fixes": {key: value for key, value in told.items() if key != "ray_address"}}
+
+
+# The keys that `EasyR1Config.FREE` ends up in.
+_FREE = frozenset(
+    {
+        *("worker.rollout.gpu_memory_utilization", "worker.rollout.enforce_eager", "trainer.save_freq"),
+        *("worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"),
+        "worker.ref.fsdp.enable_cpu_offload",
+    }
+)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
