@@ -6,6 +6,7 @@ which every version of transformers, vLLM and LLaMA-Factory reads. Nothing here 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -180,6 +181,20 @@ def released_name(name: str) -> str:
     ('visual.merger.ln_q.weight', 'lm_head.weight')
     """
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+def memory_name(name: str) -> str:
+    """The inverse of `released_name`, in every transformers since 4.52.
+
+    >>> memory_name("model.layers.0.mlp.up_proj.weight"), memory_name("visual.merger.ln_q.weight")
+    ('model.language_model.layers.0.mlp.up_proj.weight', 'model.visual.merger.ln_q.weight')
+    >>> memory_name("model.visual.merger.ln_q.weight"), memory_name("lm_head.weight")
+    ('model.visual.merger.ln_q.weight', 'lm_head.weight')
+    """
+    name = released_name(name)
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:

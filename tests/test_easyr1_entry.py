@@ -18,7 +18,7 @@ from cpt_rft.engines.easyr1 import fixes as mend
 from cpt_rft.engines.easyr1.fixes import Fixes
 from cpt_rft.engines.easyr1.groups import group_numbers, side_by_side
 from cpt_rft.engines.easyr1.packages import check_packages
-from cpt_rft.engines.easyr1.stand_in import stand_in
+from cpt_rft.engines.easyr1.stand_in import refuse_what_needs_a_gpu, stand_in
 from cpt_rft.engines.environment import find_environment, locked_versions
 from cpt_rft.errors import ConfigError
 from tests.helpers.tree import ROOT
@@ -287,6 +287,39 @@ def test_what_needs_vllm_is_only_named_on_device_cpu(monkeypatch: pytest.MonkeyP
     assert sys.modules[names[0]] is rollout
 
 
+def worker_section(**changes: Any) -> SimpleNamespace:
+    """What device cpu looks at in the framework's ``worker`` section."""
+    keys = {"lora": 0, "ulysses_size": 1, "strategy": "adamw", "tensor": 1, "top_k": -1, "ignore_eos": False} | changes
+    model = SimpleNamespace(lora=SimpleNamespace(rank=keys["lora"]))
+    optim = SimpleNamespace(strategy=keys["strategy"])
+    return SimpleNamespace(
+        actor=SimpleNamespace(model=model, ulysses_size=keys["ulysses_size"], optim=optim),
+        rollout=SimpleNamespace(
+            tensor_parallel_size=keys["tensor"], top_k=keys["top_k"], ignore_eos=keys["ignore_eos"]
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "role", "workers", "says"),
+    [
+        ({"lora": 8}, "actor_rollout_ref", 1, "worker.actor.model.lora.rank is 8, on device cpu it must be 0"),
+        ({"ulysses_size": 2}, "actor_rollout_ref", 1, "worker.actor.ulysses_size is 2"),
+        ({"strategy": "adamw_bf16"}, "actor_rollout_ref", 1, "set it to adamw, or use a GPU"),
+        ({"tensor": 2}, "actor_rollout_ref", 1, "worker.rollout.tensor_parallel_size is 2"),
+        ({"top_k": 50}, "actor_rollout_ref", 1, "worker.rollout.top_k is 50"),
+        ({"ignore_eos": True}, "actor_rollout_ref", 1, "worker.rollout.ignore_eos is True"),
+        ({}, "critic", 1, "the role of a worker is critic"),
+        ({}, "actor_rollout_ref", 2, "trainer.nnodes times trainer.n_gpus_per_node is 2"),
+    ],
+)
+def test_device_cpu_refuses_what_only_a_gpu_has(changes: dict[str, Any], role: str, workers: int, says: str) -> None:
+    refuse_what_needs_a_gpu(worker_section(), "actor_rollout_ref", 1)
+    with pytest.raises(ConfigError) as refusal:
+        refuse_what_needs_a_gpu(worker_section(**changes), role, workers)
+    assert says in str(refusal.value)
+
+
 def test_rows_of_one_prompt_share_their_context_where_they_can() -> None:
     assert side_by_side(["b", "a", "b", "a"]) == ([0, 2, 1, 3], 2)
-    assert side_by_side(["b", "a", "a"]) == ([0, 1, 2], 1)
+    assert side_by_side(["b", "a", "b", "a", "a"]) == ([0, 1, 2, 3, 4], 1)

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from cpt_rft.checkpoint import load_policy
-from cpt_rft.engines.environment import environment_variables
-from tests.helpers.easyr1 import BASE, ROOT, environment, log_of, run_stage, write_stage
+from tests.helpers.easyr1 import BASE, ROOT, environment, log_of, run_stage, variables, write_stage
 
 pytestmark = pytest.mark.full
 LONG = {
@@ -48,8 +47,9 @@ def run(directory: Path, **settings: Any) -> list[dict[str, Any]]:
 def check(program: str, stage: Path) -> dict[str, Any]:
     """What a program in EasyR1's environment says of a stage's configuration."""
     command = [str(environment() / "bin" / "python"), str(ROOT / "tests/engine_envs" / program), str(stage)]
-    variables = environment_variables(environment()) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(stage / "cache")}
-    done = subprocess.run(command, env=variables, cwd=stage, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=variables(stage / "cache"), cwd=stage, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return found
@@ -77,9 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(directory, **LONG)
     actor = directory / "out/global_step_40/actor"
     merge = [str(environment() / "bin" / "python"), str(ROOT / "EasyR1/scripts/model_merger.py"), "--local_dir"]
-    done = subprocess.run(
-        [*merge, str(actor)], capture_output=True, text=True, env=environment_variables(environment())
-    )
+    done = subprocess.run([*merge, str(actor)], capture_output=True, text=True, env=variables(directory))
     assert done.returncode == 0 and "Cannot find key" not in done.stdout, done.stdout + done.stderr
     return directory
 
@@ -107,28 +105,46 @@ def test_the_frameworks_merge_reads_what_our_worker_saves(trained: Path) -> None
 def test_the_penalty_of_the_next_task_pulls_to_the_base(trained: Path, tmp_path: Path) -> None:
     """Broken without the fix: the start of the stage is its own reference, and the first step has no penalty."""
     start = str(trained / "out/global_step_40/actor/huggingface")
-    later = {"rows": 8, "worker__actor__model__model_path": start}
+    later = {"task": "mini_pathvqa", "rows": 8, "worker__actor__model__model_path": start}
     mended = run(tmp_path / "base", **later)
     assert mended[0]["actor"]["kl_loss"] > 0.01
     theirs = run(tmp_path / "own", **later, fixes={"reference": None})
     assert theirs[0]["actor"]["kl_loss"] < 1e-6
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "remax"])
-def test_a_resumed_stage_ends_as_if_it_had_never_stopped(estimator: str, tmp_path: Path) -> None:
-    settings = {"rows": 32, "algorithm__adv_estimator": estimator}
-    whole = run(tmp_path / "whole", **settings, trainer__save_freq=2, trainer__save_limit=-1)
+@pytest.mark.parametrize(
+    ("estimator", "settings"),
+    [
+        ("rloo", {"algorithm__use_kl_loss": False, "algorithm__kl_penalty": "kl"}),  # the penalty in the reward
+        (
+            "remax",
+            {"worker__actor__model__freeze_vision_tower": True, "worker__actor__optim__lr_scheduler_type": "cosine"},
+        ),
+    ],
+)
+def test_a_resumed_stage_ends_as_if_it_had_never_stopped(
+    estimator: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"rows": 32, "algorithm__adv_estimator": estimator, "trainer__save_freq": 2, **settings}
+    whole = run(tmp_path / "whole", **settings, trainer__save_limit=-1)
     assert [record["step"] for record in whole] == [1, 2, 3, 4]
     shutil.copytree(tmp_path / "whole/out/global_step_2", tmp_path / "kept/global_step_2")
-    resumed = {"trainer__load_checkpoint_path": str(tmp_path / "kept/global_step_2"), "trainer__save_freq": 2}
-    rest = run(tmp_path / "rest", **settings, **resumed)
+    rest = run(tmp_path / "rest", **settings, trainer__load_checkpoint_path=str(tmp_path / "kept/global_step_2"))
     assert [record["step"] for record in rest] == [3, 4]
     for one, other in zip(whole[2:], rest, strict=True):
         assert all(one[part] == other[part] for part in ("reward", "actor", "critic", "response_length", "cpt_rft"))
     assert same(shard(tmp_path / "whole", 4), shard(tmp_path / "rest", 4))
-    assert not same(shard(tmp_path / "whole", 4), shard(tmp_path / "whole", 2))
     moments = [shard(tmp_path / name, 4, "optim")["adam"]["state"][0]["exp_avg"] for name in ("whole", "rest")]
     assert torch.equal(*moments)
+    early, late, base = shard(tmp_path / "whole", 2), shard(tmp_path / "whole", 4), base_weights()
+    moved = {name for name in base if not torch.equal(early[name], late[name])}
+    assert any(name.startswith("model.language_model.") for name in moved)
+    assert any(name.startswith("model.visual.") for name in moved) is (estimator == "rloo")
+    if estimator == "rloo":
+        assert whole[1]["actor"]["kl_penalty"] != 0.0 and "kl_loss" not in whole[1]["actor"]
+    else:
+        rates = [record["actor"]["lr"] for record in whole]
+        assert rates[0] == 1e-4 and rates == sorted(rates, reverse=True) and rates[-1] < 5e-5
 
 
 def test_remax_stops_in_the_first_step_without_our_fix(tmp_path: Path) -> None:
@@ -152,6 +168,7 @@ def test_equal_rewards_move_nothing_unless_the_papers_rounding_is_asked_for(tmp_
     (exact,) = run(tmp_path / "exact", **settings)
     assert exact["cpt_rft"]["zero_variance"] == 1.0 and exact["cpt_rft"]["rounded_groups"] == 0
     assert exact["critic"]["advantages"] == {"mean": 0.0, "max": 0.0, "min": 0.0}
+    assert exact["actor"]["grad_norm"] == 0.0
     assert same(shard(tmp_path / "exact", 1), base_weights())
     (paper,) = run(tmp_path / "paper", **settings, fixes={"exact_zero": False, "count_rounded": str(counted)})
     assert paper["cpt_rft"]["rounded_groups"] == 8

@@ -15,7 +15,7 @@ from cpt_rft.config.engine import LlamaFactoryConfig, parse_engine
 from cpt_rft.data.parquet import read_split, write_split
 from cpt_rft.engines.environment import find_environment, lock_of, locked_versions
 from cpt_rft.engines.llamafactory import COMMIT, RELEASE, native
-from cpt_rft.engines.llamafactory.engine import supported_method
+from cpt_rft.engines.llamafactory.engine import on_this_machine, supported_method
 from cpt_rft.engines.llamafactory.rows import write_rows
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.errors import ConfigError, DataError
@@ -130,6 +130,25 @@ def test_several_nodes_need_an_address_and_take_their_rank_from_slurm(monkeypatc
 def test_parts_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         config(**changes)
+
+
+def test_a_run_on_cpu_is_told_to_the_framework():
+    """Else it refuses bfloat16, and several processes cannot load the optimizer's state when they go on."""
+    keys = [
+        native.settings(config(**changes), sft(), BASE, SPEC, 0, None)
+        for changes in ({}, {"device": "cuda"}, {"deepspeed": "zero2"})
+    ]
+    assert [key.get("use_cpu") for key in keys] == [True, None, None]
+    assert native.variables(config())["ACCELERATE_TORCH_DEVICE"] == "cpu"
+    assert "ACCELERATE_TORCH_DEVICE" not in native.variables(config(device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_weights_that_may_not_have_arrived_are_never_saved(name):
+    """ZeRO-3 without GPUs; tests/test_llamafactory_deepspeed.py counts what this DeepSpeed gathers wrongly there."""
+    with pytest.raises(ConfigError, match=rf"engine\.deepspeed is {name}, but on CPU .* garbage"):
+        on_this_machine(config(deepspeed=name, processes=2))
+    assert on_this_machine(config(deepspeed="zero2", processes=2)).processes == 2
 
 
 def test_ray_and_torchrun_are_never_asked_for_together():

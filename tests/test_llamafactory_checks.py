@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cpt_rft.checkpoint import load_policy
 from cpt_rft.engines.base import StepLog
 from cpt_rft.engines.handover import assemble, start_checkpoint
 from cpt_rft.engines.llamafactory.failures import explain
-from cpt_rft.engines.llamafactory.resume import kept_lines, open_out
+from cpt_rft.engines.llamafactory.resume import kept_lines, make_loadable, open_out
 from cpt_rft.engines.llamafactory.rows import WrittenRows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
 from cpt_rft.errors import CheckpointError, StageError, TrainingError
@@ -37,6 +38,15 @@ def test_training_has_begun_only_with_all_rows_and_all_processes():
         check_start(STARTED.format("8", "2"), WRITTEN, 4)
     large = WrittenRows(1280, ((1,) * 1280,))
     assert check_start(STARTED.format("1,280", "1,280"), large, 1280)
+
+
+def test_weights_that_the_framework_leaves_out_when_it_goes_on_are_not_passed_over():
+    said = "[WARNING] There were unexpected keys in the checkpoint model loaded: ['model.layers.0'].\n"
+    with pytest.raises(TrainingError, match="left out weights of the resume point"):
+        check_start(said + STARTED.format("8", "4"), WRITTEN, 4)
+    # A tied output layer is not stored.
+    tied = "[WARNING] There were missing keys in the checkpoint model loaded: ['lm_head.weight'].\n"
+    assert check_start(tied + STARTED.format("8", "4"), WRITTEN, 4)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,30 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path, damage):
     assert (out / "trainer_log.jsonl").read_text() == entry(1) + entry(2)
 
 
+@pytest.mark.parametrize("files", ["one", "two"])
+def test_a_resume_point_is_loaded_whole_by_the_names_that_the_model_has_in_memory(tmp_path, files):
+    """As the framework's trainer loads it: straight into the model, without the renaming of ``from_pretrained``."""
+    shutil.copytree(BASE, tmp_path / "point") if files == "one" else shards(tmp_path / "point")
+    model = load_policy(BASE).model
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):  # the second start finds it as the first one left it
+        make_loadable(tmp_path / "point")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    found = {}
+    for path in (tmp_path / "point").glob("*.safetensors"):
+        found |= dict.fromkeys(load_file(path), path.name)
+        assert not model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    if files == "two":
+        index = json.loads((tmp_path / "point" / "model.safetensors.index.json").read_text())
+        assert index == {"metadata": {}, "weight_map": found}
+    with safe_open(tmp_path / "point" / path.name, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def test_what_another_configuration_left_is_never_gone_on_with(tmp_path):
     out = tmp_path / "out"
     open_out(out, {"lr": 1}, 1, lora=False)
@@ -164,7 +198,7 @@ def shards(out: Path) -> None:
     names = sorted(state)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, keys in parts.items():
-        save_file({key: state[key] for key in keys}, out / file)
+        save_file({key: state[key] for key in keys}, out / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     (out / "config.json").write_text("{}")

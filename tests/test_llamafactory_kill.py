@@ -1,47 +1,62 @@
 """SIGKILL of the driver and of the trainer at random moments: the next start ends with the same weights."""
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpt_rft.engines import keeper
 from cpt_rft.engines.llamafactory.native import OUT
+from cpt_rft.engines.llamafactory.watch import TRAINER_LOG
 from cpt_rft.engines.outside import mark_of
 from cpt_rft.files import sha256_file
-from tests.helpers.llamafactory import environment
+from tests.helpers.llamafactory import environment, whole_gathers
 from tests.helpers.tree import ROOT
 
 STEPS = 24
-DRIVER = f"""
-import sys
+DRIVER = """
+import json, sys
 from pathlib import Path
 from cpt_rft.engines.base import get_engine
 from cpt_rft.errors import UserError
 from tests.helpers.llamafactory import make_stage, sft
-stage = make_stage(Path(sys.argv[1]), sft(), rows={4 * STEPS}, save_every=3)
+told = json.loads(sys.argv[2])
+stage = make_stage(Path(sys.argv[1]), sft(**told["method"]), rows=4 * told["steps"], save_every=3, **told["engine"])
 try:
     get_engine(stage.engine).train(stage, lambda line: None)
 except UserError as error:
-    sys.exit(f"error: {{error}}")
+    sys.exit(f"error: {error}")
 """
 
 
-def start(place: Path) -> "subprocess.Popen[str]":
+@dataclass(frozen=True)
+class Kind:
+    """What is trained, beside what the helpers say."""
+
+    steps: int = STEPS
+    method: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def start(place: Path, kind: Kind) -> "subprocess.Popen[str]":
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(place)], env=variables, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", DRIVER, str(place), json.dumps(asdict(kind))]
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
 
 
-def finish(place: Path) -> tuple[int, str]:
-    driver = start(place)
+def finish(place: Path, kind: Kind) -> tuple[int, str]:
+    driver = start(place, kind)
     _, error = driver.communicate(timeout=900)
     return driver.returncode, error
 
@@ -51,14 +66,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Weights of a run without a stop."""
     environment()
     place = tmp_path_factory.mktemp("whole") / "stage"
-    assert finish(place) == (0, "")
+    assert finish(place, Kind()) == (0, "")
     return sha256_file(place / "checkpoint" / "model.safetensors")
 
 
 def kill_somewhere(place: Path, dice: random.Random, trainer: bool) -> bool:
     """Start, and kill the driver or a process of the framework at a random moment; returns whether one was hit."""
     directory = place / "llamafactory"
-    driver = start(place)
+    driver = start(place, Kind())
     # After loading, at some step, or while the checkpoint is put together.
     wanted = dice.choice([0, *range(2, STEPS, 2), STEPS])
     log = place / "train" / "log.jsonl"
@@ -81,24 +96,80 @@ def kill_somewhere(place: Path, dice: random.Random, trainer: bool) -> bool:
     return hit
 
 
-def check_kills(tmp_path: Path, whole: str, seeds: range) -> None:
-    hits = 0
+def resumed_at(place: Path) -> list[int]:
+    """The steps after which the framework says that it went on."""
+    said = (place / "llamafactory" / "framework.log").read_text(errors="replace")
+    return [int(step) for step in re.findall(r"Resuming training from checkpoint with .* global step (\d+)", said)]
+
+
+def check_one_kill(tmp_path: Path, kind: Kind) -> None:
+    """Kill the framework after a resume point; the next start goes on and ends as a run without a stop."""
+    whole, place = tmp_path / "whole", tmp_path / "killed"
+    assert finish(whole, kind) == (0, "")
+    driver = start(place, kind)
+    seen = place / "llamafactory" / OUT / TRAINER_LOG
+    while not seen.exists() or len(seen.read_text().splitlines()) < 5:
+        assert driver.poll() is None
+        time.sleep(0.01)
+    for victim in keeper.marked(mark_of(place / "llamafactory")):
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    _, error = driver.communicate(timeout=900)
+    assert error.startswith("error: LLaMA-Factory was killed (signal 9).")
+    assert finish(place, kind) == (0, "")
+    assert resumed_at(place) and resumed_at(place)[0] >= 3 and not resumed_at(whole)
+    one, other = (stage / "checkpoint" / "model.safetensors" for stage in (whole, place))
+    assert sha256_file(one) == sha256_file(other)
+
+
+@pytest.mark.full
+def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """About 50 seconds."""
+    environment()
+    check_one_kill(tmp_path, Kind(steps=12))
+
+
+@pytest.mark.campaign(name="resume_llamafactory")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind(12, {"micro_batch": 2, "schedule": "cosine", "warmup_ratio": 0.1}, {"dtype": "bfloat16"}),
+        Kind(12, {"micro_batch": 2, "weight_decay": 0.1}, {"processes": 2}),
+        Kind(12, {"lr": 1e-3}, {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}),
+        Kind(12, {"micro_batch": 2}, {"processes": 2, "deepspeed": "zero2"}),
+        Kind(12, {"micro_batch": 2}, {"processes": 2, "deepspeed": "zero3"}),
+    ],
+    ids=["bfloat16", "two_processes", "adapters_with_dropout", "zero2", "zero3"],
+)
+def test_whatever_is_trained_goes_on_with_the_same_bits(tmp_path: Path, kind: Kind) -> None:
+    """Two to four minutes each."""
+    environment()
+    if kind.engine.get("deepspeed") == "zero3":
+        kind = replace(kind, engine={**kind.engine, "environment": str(whole_gathers(tmp_path / "environment"))})
+    check_one_kill(tmp_path, kind)
+
+
+def check_kills(tmp_path: Path, whole: str, seeds: range, record_property: Callable[[str, object], None]) -> None:
+    hits, resumed = 0, 0
     for seed in seeds:
         place = tmp_path / str(seed) / "stage"
         hits += kill_somewhere(place, random.Random(seed), trainer=seed % 2 == 1)
-        assert finish(place) == (0, "")
+        assert finish(place, Kind()) == (0, "")
         assert sha256_file(place / "checkpoint" / "model.safetensors") == whole, seed
         assert len((place / "train" / "log.jsonl").read_text().splitlines()) == STEPS
         assert not (place / "llamafactory" / OUT).exists()
-    assert hits > len(seeds) // 2
+        resumed += bool(resumed_at(place))
+    record_property("kills", hits)
+    record_property("stages that went on from a resume point", resumed)
+    assert hits > len(seeds) // 2 and resumed
 
 
 @pytest.mark.campaign(name="kill_llamafactory_3")
-def test_three_kills(tmp_path: Path, whole: str) -> None:
-    """About 80 seconds. Red when last run: see docs/llamafactory.md."""
-    check_kills(tmp_path, whole, range(3))
+def test_three_kills(tmp_path: Path, whole: str, record_property: Callable[[str, object], None]) -> None:
+    """About two minutes."""
+    check_kills(tmp_path, whole, range(3), record_property)
 
 
 @pytest.mark.campaign(name="kill_llamafactory")
-def test_twenty_kills(tmp_path: Path, whole: str) -> None:
-    check_kills(tmp_path, whole, range(20))
+def test_twenty_kills(tmp_path: Path, whole: str, record_property: Callable[[str, object], None]) -> None:
+    check_kills(tmp_path, whole, range(20), record_property)

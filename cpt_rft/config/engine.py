@@ -151,8 +151,9 @@ class EasyR1Config(_Engine):
     """GPUs a node, one worker on each; `auto` for all of this machine, or one worker without a GPU."""
     nodes: PositiveInt = 1
     """Machines of the Ray cluster; with several, `ray_address` must be set."""
-    ray_address: str | None = None
-    """Null: a Ray of its own on this machine. `auto`, or HOST:PORT: the running cluster (docs/easyr1.md)."""
+    ray_address: Literal["auto"] | None = None
+    """Null: a Ray that runs on this machine, else one of its own. `auto`: a running one must be there, of which this
+    machine is the head (docs/easyr1.md)."""
     tensor_parallel: PositiveInt = 1
     """GPUs that share one copy of the model while it writes; it must divide the GPUs and the model's heads."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
@@ -176,9 +177,9 @@ class EasyR1Config(_Engine):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third more time, far less memory."""
     micro_batch_update: PositiveInt = 4
-    """Completions that a GPU holds at once in the update."""
+    """Completions that a GPU holds at most at once in the update; less where they do not divide its share of a step."""
     micro_batch_experience: PositiveInt = 16
-    """Completions that a GPU holds at once where only their log-probabilities are taken."""
+    """The same where only log-probabilities are taken, of a whole rollout."""
     save_every: PositiveInt = 10
     """Rollouts between two resume points within a stage."""
 

@@ -178,7 +178,7 @@ def get_engine(config: EngineConfig) -> Engine:
 
         return LlamaFactoryEngine()
     if config.name == "easyr1":
-        from cpt_rft.engines.easyr1.engine import EasyR1Engine  # type: ignore[import-not-found]
+        from cpt_rft.engines.easyr1.engine import EasyR1Engine
 
         return EasyR1Engine()
     from cpt_rft.engines.local.train import LocalEngine

@@ -43,8 +43,7 @@ def find_environment(framework: str, named: str | None, *, lock: str | None = No
     if not (path / "bin" / "python").exists() or (named is None and not (path / "ready").is_file()):
         raise ConfigError(
             f"The environment of {framework} is not at {path}.",
-            f"make it with 'bash scripts/setup_{framework.removesuffix('_cpu')}.sh',"
-            " or name another with engine.environment=DIRECTORY",
+            f"make it with 'bash scripts/setup_{framework}.sh', or name another with engine.environment=DIRECTORY",
         )
     return path
 

@@ -37,7 +37,7 @@ def train_stage(
     stage: StagePlan,
     identity: dict[str, Any],
     report: Callable[[StepLog], None],
-    tick: Callable[[int, int], None],
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Train a stage, or go on with it, and publish it.
 

@@ -33,12 +33,13 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
     existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
     keys = ("chain", "stage", "parent", "rows", "steps", "tokens")
     outside = native_plan(experiment, chains, base)
+    work = max((engine["work_bytes"] for engine in outside.values() if "work_bytes" in engine), default=None)
     return {
         "experiment": experiment.name,
         "output": experiment.output,
         "base_model": str(base) if base.is_dir() else f"{base} (missing)",
         "workers": workers,
-        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, outside.get("work_bytes")),
+        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, work),
         "disk_free_bytes": shutil.disk_usage(existing).free,
         "at_most": sorted({chain.method.name for chain in chains if not chain.method.knows_its_rows}),
         "guessed": not measured(experiment.data, experiment.tasks),

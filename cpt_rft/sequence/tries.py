@@ -3,13 +3,13 @@ own rollouts are vLLM's, on GPUs; else this process does.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from cpt_rft.checkpoint import encode_prompts
 from cpt_rft.config.contracts import Decoding
+from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import Stage
-from cpt_rft.engines.environment import find_environment
+from cpt_rft.engines.easyr1.machine import environment_of
 from cpt_rft.engines.local.batches import stage_rows
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.rollouts import Attempt, LocalAttempt, Response, chosen_rows, source_of, tries_of
@@ -34,8 +34,8 @@ def try_rows(stage: Stage, progress: Callable[[int, int], None], *, keep_text: b
     """
     dtype, device = prepare(stage.engine)
     attempt: Attempt
-    if stage.engine.name == "easyr1" and device.startswith("cuda"):
-        attempt = VllmAttempt(stage, find_environment("easyr1", stage.engine.environment) / "bin" / "python")
+    if isinstance(stage.engine, EasyR1Config) and device.startswith("cuda"):
+        attempt = VllmAttempt(stage, stage.engine)
     else:
         attempt = LocalAttempt(stage, dtype, device)
     try:
@@ -52,17 +52,19 @@ class VllmAttempt:
 
     Args:
         stage: The stage.
-        python: The interpreter of the environment.
+        engine: Its engine, whose environment has vLLM.
     """
 
-    def __init__(self, stage: Stage, python: Path) -> None:
+    def __init__(self, stage: Stage, engine: EasyR1Config) -> None:
         tries = tries_of(stage.method)
         assert tries is not None  # it is made only where there are tries
         checkpoint = source_of(stage).checkpoint
         self.stage, self.tries = stage, tries
         vision = VisionSpec.read(checkpoint).with_limits(*stage.engine.pixel_limits)
         self.reader = reader(checkpoint, vision)
-        self.vllm = Vllm(checkpoint, dtype=stage.engine.dtype, python=str(python), longest=self._longest())
+        self.decoding = Decoding(temperature=tries.temperature, top_p=engine.top_p, samples=tries.number)
+        python = environment_of(engine) / "bin" / "python"
+        self.vllm = Vllm(checkpoint, engine.dtype, str(python), engine.tensor_parallel, self._longest())
 
     def __call__(self, rows: Sequence[Example]) -> list[list[Response]]:
         """The tries at each row."""
@@ -73,8 +75,7 @@ class VllmAttempt:
             Question(row.id, text, row.images, prompt, derive_seed("instances", self.stage.seed, row.id))
             for row, text, prompt in zip(rows, texts, prompts, strict=True)
         ]
-        decoding = Decoding(temperature=self.tries.temperature, samples=self.tries.number)
-        groups = self.vllm.answer(self.reader, questions, decoding, self.tries.max_new_tokens)
+        groups = self.vllm.answer(self.reader, questions, self.decoding, self.tries.max_new_tokens)
         decode = self.reader.tokenizer.decode
         return [
             [Response(decode(each.token_ids, skip_special_tokens=True), each.finish == "stop") for each in group]

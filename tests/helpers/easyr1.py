@@ -1,6 +1,7 @@
 """EasyR1's environment for the full tests, and stages of the miniature for it, written by hand."""
 
 import json
+import os
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,12 @@ def environment() -> Path:
         return find_environment("easyr1", None, lock="easyr1_cpu")
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+def variables(cache: Path) -> dict[str, str]:
+    """For a process in that environment: EasyR1 and our code of this very checkout, whichever made the environment."""
+    here = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'EasyR1'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return environment_variables(environment()) | here | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
 
 
 def write_stage(
@@ -130,12 +137,10 @@ def run_stage(
     """Run our entry on a stage; its output is also in ``framework.log`` beside the stage's files."""
     python = environment() / "bin" / "python"
     command = [str(python), "-m", module, "train.yaml", "fixes.json"]
-    variables = environment_variables(environment()) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables |= {"HF_HOME": str(directory / "cache"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command,
         cwd=directory,
-        env=variables,
+        env=variables(directory / "cache"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

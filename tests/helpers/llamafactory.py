@@ -31,6 +31,19 @@ def environment() -> Path:
     return path
 
 
+def whole_gathers(folder: Path) -> Path:
+    """The environment by another name, in which DeepSpeed's ZeRO-3 is sound on CPU (engine_envs/whole_gathers)."""
+    real, shim = environment() / "bin", ROOT / "tests/engine_envs/whole_gathers"
+    (folder / "bin").mkdir(parents=True)
+    for name in ("python", "llamafactory-cli"):
+        program = folder / "bin" / name
+        program.write_text(
+            f'#!/bin/sh\nexport PATH="{real}:$PATH" PYTHONPATH="{shim}"\nexec "{real / name}" "$@"\n', encoding="utf-8"
+        )
+        program.chmod(0o755)
+    return folder
+
+
 def sft(**changes: Any) -> SftMethod:
     """A short supervised method."""
     settings = {"kind": "sft", "name": "sft", "style": "direct", "lr": 1e-4, "prompts_per_step": 4, "micro_batch": 4}

@@ -10,6 +10,7 @@ has a logit lower by 100 in rollouts, and none in training); a micro-batch is a 
 tokens; sampling is reproducible across a resume.
 """
 
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,9 +33,9 @@ from verl.utils.tokenizer import get_processor
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.engines.easyr1.cpu_batch import Sampling, encoded_prompts, response_logprobs, responses
+from cpt_rft.engines.easyr1.stand_in import refuse_what_needs_a_gpu
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.optimise import Optimiser
-from cpt_rft.errors import ConfigError
 from cpt_rft.seeds import derive_seed
 
 
@@ -59,9 +60,7 @@ class LocalWorker(WithoutCuda):
 
     def __init__(self, config: Any, role: str) -> None:
         super().__init__()
-        if role != "actor_rollout_ref":
-            raise ConfigError(f"Device cpu has no worker for the role {role}.", "use grpo, rloo or remax")
-        refuse_what_needs_a_gpu(config, self.world_size)
+        refuse_what_needs_a_gpu(config, role, self.world_size)
         self.config = config
         self.sampled = 0  # calls that sampled, also before a resume: each has its own seeds
         self.prompts: dict[str, EncodedPrompt] = {}
@@ -156,7 +155,8 @@ class LocalWorker(WithoutCuda):
                 outcome = self.optimiser.step(0, sum(losses))
                 if not outcome.moved:
                     print("Gradient norm is not finite. Skip update.")
-                append_to_dict(metrics, {"actor/grad_norm": outcome.grad_norm or float("nan")})
+                norm = math.nan if outcome.grad_norm is None else outcome.grad_norm
+                append_to_dict(metrics, {"actor/grad_norm": norm})
         self.schedule.optimizer.step()  # moves nothing: the schedule wants to see it
         self.schedule.step()
         metrics |= {"actor/lr": rate, "perf/cpu_memory_used_gb": psutil.virtual_memory().used / 1024**3}
@@ -236,27 +236,6 @@ class LocalWorker(WithoutCuda):
         told = {**numbers, "pg_loss": float(policy_loss.detach())}
         append_to_dict(metrics, {f"actor/{key}": value for key, value in told.items()})
         return float(loss.detach())
-
-
-def refuse_what_needs_a_gpu(config: Any, workers: int) -> None:
-    """Check that the ``worker`` section asks for nothing that device cpu has not.
-
-    Raises:
-        ConfigError: The first key that does.
-    """
-    actor, rollout = config.actor, config.rollout
-    wanted = (
-        ("trainer.nnodes times trainer.n_gpus_per_node", workers, 1),
-        ("worker.actor.model.lora.rank", actor.model.lora.rank, 0),
-        ("worker.actor.ulysses_size", actor.ulysses_size, 1),
-        ("worker.actor.optim.strategy", actor.optim.strategy, "adamw"),
-        ("worker.rollout.tensor_parallel_size", rollout.tensor_parallel_size, 1),
-        ("worker.rollout.top_k", rollout.top_k, -1),
-        ("worker.rollout.ignore_eos", rollout.ignore_eos, False),
-    )
-    for key, value, only in wanted:
-        if value != only:
-            raise ConfigError(f"{key} is {value}, on device cpu it must be {only}.", f"set it to {only}, or use a GPU")
 
 
 def learning_rates(optim: Any) -> Any:

@@ -94,6 +94,7 @@ def start_ray(fixes: Fixes, config: Any) -> None:
     if fixes.device == "cuda":
         ray.init(address=fixes.ray_address, runtime_env=environment)
         return
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # where it names no GPU, Ray would hand out no number either
     workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
     cpus = max(os.cpu_count() or 1, workers + 1 + 2 * config.worker.reward.num_cpus)
     environment["worker_process_setup_hook"] = HOOK

@@ -19,7 +19,12 @@ def environment_of(engine: EasyR1Config) -> Path:
     Raises:
         ConfigError: It is not there.
     """
-    return find_environment(f"{NAME}_cpu" if engine.device == "cpu" else NAME, engine.environment)
+    return find_environment(NAME, engine.environment, lock=lock_name(engine))
+
+
+def lock_name(engine: EasyR1Config) -> str:
+    """Name of the lock of that environment."""
+    return f"{NAME}_cpu" if engine.device == "cpu" else NAME
 
 
 def resolve(config: EngineConfig) -> EngineConfig:

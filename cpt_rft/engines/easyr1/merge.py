@@ -55,9 +55,14 @@ def check_shards(actor: Path, processes: int) -> None:
     """
     wanted = {shard_name("model", processes, rank) for rank in range(processes)}
     for name in sorted(wanted):
-        if not zipfile.is_zipfile(actor / name):
-            what = "is cut short" if (actor / name).exists() else "is not there"
-            raise CheckpointError(f"{actor / name} {what}.", _ANEW)
+        path = actor / name
+        if not zipfile.is_zipfile(path):
+            what = "is cut short" if path.exists() else "is not there"
+            raise CheckpointError(f"{path} {what}.", _ANEW)
+        with zipfile.ZipFile(path) as file:
+            saved_as = file.namelist()[0].partition("/")[0]  # torch.save writes the name of the file into it
+        if saved_as != path.stem:
+            raise CheckpointError(f"{path} was saved as {saved_as}{path.suffix}.", f"rename it back; or {_ANEW}")
     surplus = sorted({path.name for path in actor.glob("model_world_size_*.pt")} - wanted)
     if surplus:
         raise CheckpointError(f"{actor / surplus[0]} is of another number of processes than {processes}.", _ANEW)
@@ -66,13 +71,15 @@ def check_shards(actor: Path, processes: int) -> None:
 def check_generation(merged: Path, parent: Path) -> None:
     """Refuse weights beside another generation configuration than the one that training began with.
 
-    The end tokens stand in it: without them the next task of a chain would mask its responses wrongly.
+    The end tokens stand in it: without them the next task of a chain would mask its responses wrongly. Files may leave
+    out what is a default, but no token.
 
     Raises:
         CheckpointError: They differ.
     """
     one, other = (_generation(directory) for directory in (merged, parent))
-    differ = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    looked_at = {*one, *(key for key in other if key.endswith("token_id"))}
+    differ = sorted(key for key in looked_at if one.get(key) != other.get(key))
     if differ:
         raise CheckpointError(
             f"{merged / 'generation_config.json'}: {differ[0]} is {one.get(differ[0])!r}, the parent has"

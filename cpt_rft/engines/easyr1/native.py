@@ -12,11 +12,16 @@ import yaml
 from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.easyr1.methods import native_loss
+from cpt_rft.engines.easyr1.resume import RECORDS
+from cpt_rft.engines.easyr1.rows import TEMPLATE, TRAIN
+from cpt_rft.engines.easyr1.rules import flattened
+from cpt_rft.engines.environment import REPOSITORY
 from cpt_rft.errors import ConfigError
 from cpt_rft.files import write_text_atomic
 from cpt_rft.vision import VisionSpec
 
-YAML, FIXES, SCRIPT = "train.yaml", "fixes.json", "train.sh"
+YAML, FIXES, SCRIPT, OUT, DATA = "train.yaml", "fixes.json", "train.sh", "out", "data"
+REWARD = Path(__file__).resolve().with_name("reward.py")
 REWARD_CPUS = 1
 # The framework takes the first checkpoint for the best one while nothing is validated, never removes it, and removes
 # what is over the limit before it writes: with 2, a kill while it writes would leave the first one only.
@@ -46,6 +51,24 @@ class Files:
     reward: Path
     records: Path
     out: Path
+
+    @classmethod
+    def of(cls, directory: Path, model: Path) -> "Files":
+        """Where a stage has them.
+
+        Args:
+            directory: The stage's directory of this engine.
+            model: Checkpoint to start from.
+        """
+        place = directory.absolute()
+        return cls(
+            model=model.absolute(),
+            train=place / DATA / TRAIN,
+            template=place / DATA / TEMPLATE,
+            reward=REWARD,
+            records=place / RECORDS,
+            out=place / OUT,
+        )
 
 
 def world(engine: EasyR1Config) -> int:
@@ -88,7 +111,7 @@ def _data(engine: EasyR1Config, method: GrpoMethod, files: Files, spec: VisionSp
         "data.prompt_key": "problem",
         "data.answer_key": "answer",
         "data.image_key": "images",
-        "data.image_dir": None,
+        "data.image_dir": str(files.train.parent),
         "data.max_prompt_length": prompt_limit(method),
         "data.max_response_length": method.max_new_tokens,
         "data.rollout_batch_size": method.prompts_per_step * method.rollout_steps,
@@ -117,7 +140,17 @@ def prompt_limit(method: GrpoMethod) -> int:
     return method.max_prompt_tokens
 
 
+def fitting(most: int, whole: int) -> int:
+    """The largest number up to ``most`` that divides ``whole``.
+
+    >>> fitting(16, 24), fitting(4, 7), fitting(4, 0)
+    (12, 1, 4)
+    """
+    return next(size for size in range(most, 0, -1) if whole % size == 0)
+
+
 def _actor(engine: EasyR1Config, method: GrpoMethod, files: Files) -> dict[str, Any]:
+    step = method.prompts_per_step * method.group
     values = {
         "model.model_path": str(files.model),
         "model.tokenizer_path": str(files.model),
@@ -125,8 +158,10 @@ def _actor(engine: EasyR1Config, method: GrpoMethod, files: Files) -> dict[str, 
         "model.enable_gradient_checkpointing": engine.gradient_checkpointing,
         "model.freeze_vision_tower": engine.freeze_vision_tower,
         "global_batch_size": method.prompts_per_step,  # prompts; the worker multiplies by the group
-        "micro_batch_size_per_device_for_update": engine.micro_batch_update,
-        "micro_batch_size_per_device_for_experience": engine.micro_batch_experience,
+        "micro_batch_size_per_device_for_update": fitting(engine.micro_batch_update, step // world(engine)),
+        "micro_batch_size_per_device_for_experience": fitting(
+            engine.micro_batch_experience, step * method.rollout_steps
+        ),
         "ppo_epochs": 1,
         "max_grad_norm": method.max_grad_norm,
         "padding_free": True,
@@ -190,7 +225,11 @@ def _rollout(engine: EasyR1Config, method: GrpoMethod, seed: int) -> dict[str, A
 def _reward(method: GrpoMethod, files: Files) -> dict[str, Any]:
     return {
         "worker.reward.reward_function": f"{files.reward}:compute_score",
-        "worker.reward.reward_function_kwargs": {"style": method.style, "records": str(files.records)},
+        "worker.reward.reward_function_kwargs": {
+            "style": method.style,
+            "longest": method.max_new_tokens,
+            "records": str(files.records),
+        },
         "worker.reward.skip_special_tokens": True,
         "worker.reward.num_cpus": REWARD_CPUS,
     }
@@ -252,6 +291,27 @@ def fixes(engine: EasyR1Config, method: GrpoMethod, base: Path, rounded: Path) -
     }
 
 
+def deciding(keys: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stage's files decides what is trained, so that the rest may change between two starts of it.
+
+    Args:
+        keys: Of `settings`.
+        told: Of `fixes`.
+    """
+    flat = {key: value for key, value in flattened(keys) if key not in _FREE}
+    return {"settings": flat, "fixes": {key: value for key, value in told.items() if key != "ray_address"}}
+
+
+# The keys that `EasyR1Config.FREE` ends up in.
+_FREE = frozenset(
+    {
+        *("worker.rollout.gpu_memory_utilization", "worker.rollout.enforce_eager", "trainer.save_freq"),
+        *("worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer"),
+        "worker.ref.fsdp.enable_cpu_offload",
+    }
+)
+
+
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as mappings in mappings.
 
@@ -271,7 +331,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def variables(engine: EasyR1Config) -> dict[str, str]:
     """The environment variables of a stage."""
     values = {"OMP_NUM_THREADS": str(engine.threads), "HF_HUB_OFFLINE": "1", "RAY_DEDUP_LOGS": "0"}
-    return values | ({"CUDA_VISIBLE_DEVICES": ""} if engine.device == "cpu" else {})
+    values["PYTHONPATH"] = str(REPOSITORY)  # our entry and our scorers are those of whoever started the stage
+    return values
 
 
 def script(engine: EasyR1Config, environment: Path) -> str:

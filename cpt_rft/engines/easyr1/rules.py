@@ -87,12 +87,13 @@ class Sizes:
         return self.step // (self.gpus // int(self[f"{_ACTOR}.ulysses_size"]))
 
 
-def check(settings: Mapping[str, Any], rows: int | None = None) -> None:
+def check(settings: Mapping[str, Any], rows: int | None = None, *, planned: bool = False) -> None:
     """Refuse settings that EasyR1 would refuse late, or would take for something else.
 
     Args:
         settings: Of `cpt_rft.engines.easyr1.native.settings`, nested.
         rows: Training rows in the file; none where they are not written yet.
+        planned: For a plan, which names files that are still to be written.
 
     Raises:
         ConfigError: A key is unknown, a value of the wrong kind, or a rule is broken; for the first thing found.
@@ -102,7 +103,7 @@ def check(settings: Mapping[str, Any], rows: int | None = None) -> None:
         _check_key(key, value)
     sizes = Sizes({**{key: entry["default"] for key, entry in schema().items()}, **flat}, rows)
     for rule in RULES:
-        found = rule.broken(sizes)
+        found = None if planned and rule.broken is _paths else rule.broken(sizes)
         if found is not None:
             raise ConfigError(f"EasyR1 needs {rule.text}, but {found} ({rule.where}).", rule.fix)
 

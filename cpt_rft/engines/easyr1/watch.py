@@ -1,6 +1,7 @@
 """Follows a run of EasyR1 by what it writes, and checks that it does what it was told."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -75,9 +76,9 @@ def step_log(entry: dict[str, Any], steps: int, method: GrpoMethod) -> StepLog:
     return StepLog(
         step=entry["step"],
         steps=steps,
-        loss=actor.get("pg_loss"),
+        loss=_finite(actor.get("pg_loss")),
         lr=actor["lr"],
-        grad_norm=actor.get("grad_norm"),
+        grad_norm=_finite(actor.get("grad_norm")),
         skipped=0,
         seconds=entry["timing_s"]["step"],
         tokens=round(length * completions),
@@ -85,7 +86,7 @@ def step_log(entry: dict[str, Any], steps: int, method: GrpoMethod) -> StepLog:
         reward=reward["overall"],
         accuracy=reward["accuracy"],
         format=reward["format"],
-        kl=actor.get("kl_loss", actor.get("kl_penalty")),
+        kl=_finite(actor.get("kl_loss", actor.get("kl_penalty"))),
         truncated=reward["truncated"],
         zero_variance=ours.get("zero_variance"),
         entropy=actor.get("entropy_loss"),
@@ -93,6 +94,11 @@ def step_log(entry: dict[str, Any], steps: int, method: GrpoMethod) -> StepLog:
         reward_variance=ours.get("reward_variance"),
         unscored=round(failed * completions) or None,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity and no not-a-number; the framework writes them all the same."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def check_start(log: str, written: WrittenRows) -> bool:

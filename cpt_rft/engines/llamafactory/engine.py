@@ -17,7 +17,7 @@ from cpt_rft.engines.handover import assemble, sing, start_checkpoint
 from cpt_rft.engines.llamafactory.failures import explain
 from cpt_rft.engines.llamafactory.merge import merge_lora
 from cpt_rft.engines.llamafactory.native import DATA, OUT, command, settings, world, write_native
-from cpt_rft.engines.llamafactory.resume import kept_lines, open_out
+from cpt_rft.engines.llamafactory.resume import kept_lines, make_loadable, open_out
 from cpt_rft.engines.llamafactory.rows import WrittenRows, canary_prompts, write_rows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
 from cpt_rft.engines.local.runtime import resolve as resolve_device
@@ -52,6 +52,8 @@ class LlamaFactoryEngine:
         lines = kept_lines(log, step, directory / OUT, written)
         log.write_text("".join(line.line() + "\n" for line in lines), encoding="utf-8")
         resume = f"{OUT}/checkpoint-{step}" if step else None
+        if resume and engine.deepspeed == "none" and engine.lora is None:
+            make_loadable(directory / resume)
         write_native(directory, {**keys, "resume_from_checkpoint": resume} if resume else keys, engine, environment)
         run = _Run(stage, engine, method, environment, written)
         run.follow(step, lines, report, log)
@@ -177,11 +179,19 @@ def on_this_machine(config: LlamaFactoryConfig) -> LlamaFactoryConfig:
     """The same with ``auto`` replaced.
 
     Raises:
-        ConfigError: There is no GPU, or there are fewer than processes are asked for.
+        ConfigError: There is no GPU, there are fewer than processes are asked for, or what is asked for is not sound
+            without one.
     """
     resolved = resolve_device(config)
     assert isinstance(resolved, LlamaFactoryConfig)
     gpus = torch.cuda.device_count() if resolved.device.startswith("cuda") else 0
+    if not gpus and resolved.deepspeed.startswith("zero3"):
+        # Source: https://github.com/deepspeedai/DeepSpeed/pull/8539, after the last release that the framework takes.
+        raise ConfigError(
+            f"engine.deepspeed is {resolved.deepspeed}, but on CPU this DeepSpeed uses gathered weights before all have"
+            " arrived: what it saves may be garbage.",
+            "say engine.deepspeed=zero2 or none, or train on GPUs",
+        )
     processes = config.processes if config.processes != "auto" else max(1, gpus)
     if gpus and processes > gpus:
         raise ConfigError(

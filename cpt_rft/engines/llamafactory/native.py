@@ -71,6 +71,8 @@ def settings(
     }
     if engine.deepspeed != "none":
         keys["deepspeed"] = DEEPSPEED
+    elif engine.device == "cpu":
+        keys["use_cpu"] = True  # else bfloat16 is refused
     if engine.ray:
         keys["ray_num_workers"] = world(engine)
     return {key: value for key, value in keys.items() if value is not None}
@@ -110,7 +112,8 @@ def variables(engine: LlamaFactoryConfig) -> dict[str, str]:
         )
     values = {"OMP_NUM_THREADS": str(engine.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     if engine.device == "cpu":
-        values["CUDA_VISIBLE_DEVICES"] = ""
+        # Else each of several processes has a "cpu:0", for which torch knows no way to load an optimizer's state.
+        values |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu"}
     elif ":" in engine.device:
         values["CUDA_VISIBLE_DEVICES"] = engine.device.partition(":")[2]
     if engine.ray:

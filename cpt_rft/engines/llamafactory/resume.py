@@ -5,6 +5,7 @@ The framework would take the newest one, whole or not, and without being asked; 
 
 import json
 import shutil
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cpt_rft.checkpoint import verify_weights
+from cpt_rft.checkpoint import memory_name, verify_weights
 from cpt_rft.engines.base import StepLog
 from cpt_rft.engines.llamafactory.rows import WrittenRows
 from cpt_rft.engines.llamafactory.watch import TRAINER_LOG, TRAINER_STATE, Follower
 from cpt_rft.errors import CheckpointError
-from cpt_rft.files import atomic_path, read_json, sha256_json
+from cpt_rft.files import atomic_path, read_json, sha256_json, write_json_atomic
 
 NOTE, ADAPTER = "told.json", "adapter_model.safetensors"
 
@@ -75,6 +76,37 @@ def is_whole(directory: Path, step: int, processes: int, *, lora: bool) -> bool:
     except (CheckpointError, SafetensorError, OSError):
         return False
     return True
+
+
+def make_loadable(directory: Path) -> None:
+    """Give the weights of a resume point the names that they have in memory.
+
+    The framework's trainer saves them under the released names, but when it goes on it looks for the others, and only
+    warns of what it does not find: the decoder would be the parent's again. DeepSpeed and adapters keep files of their
+    own, which it finds. A start that was stopped in here is taken up by the next one.
+    Source: https://github.com/huggingface/transformers/issues/43701
+    """
+    for path in sorted(directory.glob("model*.safetensors")):
+        _rename_weights(path)
+    index = directory / "model.safetensors.index.json"
+    if content := read_json(index):
+        content["weight_map"] = {memory_name(name): file for name, file in content["weight_map"].items()}
+        write_json_atomic(index, content)
+
+
+def _rename_weights(path: Path) -> None:
+    """Write a safetensors file anew with another header; the values are copied as they lie."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        renamed = {memory_name(name): entry for name, entry in header.items()}
+        if renamed == header:
+            return
+        text = json.dumps(renamed).encode()
+        text += b" " * (-len(text) % 8)  # the format asks for values at multiples of eight
+        with atomic_path(path) as partial, partial.open("wb") as output:
+            output.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(file, output)
 
 
 def kept_lines(log: Path, steps: int, out: Path, written: WrittenRows) -> list[StepLog]:

@@ -85,7 +85,7 @@ def check_start(log: str, written: WrittenRows, step_rows: int) -> bool:
         step_rows: Rows of one step over all processes.
 
     Raises:
-        TrainingError: It dropped rows, or trains on other batches.
+        TrainingError: It dropped rows, trains on other batches, or goes on without the weights that it was given.
     """
     found = _STARTED.search(log)
     if found is None:
@@ -102,6 +102,11 @@ def check_start(log: str, written: WrittenRows, step_rows: int) -> bool:
         raise TrainingError(
             f"LLaMA-Factory takes {batch} rows a step instead of {step_rows}: not all processes have joined.",
             "check engine.processes, engine.nodes and, with several nodes, NODE_RANK and MASTER_ADDR",
+        )
+    if "There were unexpected keys in the checkpoint model loaded" in log:
+        raise TrainingError(
+            "LLaMA-Factory left out weights of the resume point, which its model calls by other names.",
+            "delete the stage's .partial directory and give the same command again: it begins anew",
         )
     return True
 
