@@ -33,6 +33,7 @@ from eval.table import Sheet
 from eval.words import NONE, number
 
 METRIC = "exact_match,none"
+_FIX = "name with --python what 'bash scripts/setup_lm_eval.sh' prints, and with --url a server that answers"
 #: In the folder of a task: how lm-evaluation-harness gets a row's pictures.
 _PICTURES = '''"""Pictures of a row."""
 import base64, io
@@ -133,14 +134,17 @@ def run(python: str, tasks: Mapping[str, int], folder: Path, out: Path, server: 
     command += ["--apply_chat_template", "--log_samples", "--output_path", str(out.resolve())]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str((folder / "cache").resolve())}
     key = {"OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY", "none")}
-    done = subprocess.run(command, env={**os.environ, **quiet, **key}, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env={**os.environ, **quiet, **key}, capture_output=True, text=True)
+    except OSError as error:
+        raise BackendError(f"{python} does not start ({error.strerror}).", _FIX) from error
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it said nothing"]
     results = sorted(out.rglob("results_*.json"))
     if done.returncode or len(results) != 1:
         last = next((line for line in reversed(said) if "Error" in line), said[-1])
         raise BackendError(
             f"lm-evaluation-harness left no results (exit status {done.returncode}): {last}",
-            "name an interpreter that has lm-eval[api] and pillow with --python; see docs/statistics.md",
+            _FIX,
         )
     return {task: _samples(results[0], task, rows) for task, rows in tasks.items()}
 
