@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "results/benchmarks", ROOT / "docs/speed.md"
+MATRIX = RESULTS / "evaluation/matrix.json"
 BEGIN, END = "<!-- figures: begin (benchmarks/table.py) -->\n", "<!-- figures: end -->\n"
 HEAD = (
     "| work, peer | model | ours, s | peer, s | ratio (range) | floor | operations ratio | share of the matrix rate |"
@@ -34,13 +35,31 @@ def row(found: dict[str, Any]) -> str:
     )
 
 
+def matrix() -> str:
+    """The sentences on a whole matrix of evaluation, if it was measured."""
+    if not MATRIX.is_file():
+        return ""
+    found = json.loads(MATRIX.read_text())
+    styles = []
+    for style, seconds in found["seconds_of_two_cores"].items():
+        clock = statistics.median(each["clock"] for each in found["rounds"][style])
+        styles.append(f"`{style}` {seconds:.0f} s of two cores ({clock:.0f} s by the clock)")
+    worst, bound = max(found["seconds_of_two_cores"].values()), found["bound"]
+    asked = "" if bound is None else f"; asked: at most {bound:g} ({'met' if worst <= bound else 'missed'})"
+    machine = found["machine"]
+    return (
+        f"\nA matrix of evaluation, {found['what']} in one style: {', '.join(styles)}{asked}. Checkpoints:"
+        f" {found['checkpoints']}. Load {machine['load']} on {machine['cores']} cores. `{found['command']}`\n"
+    )
+
+
 def block() -> str:
     """The whole table and what it was measured on."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     machines = sorted({f"{each['machine']['processor']}, {each['machine']['cores']} cores" for each in found})
     versions = sorted({f"{name} {number}" for each in found for name, number in each["versions"]["peer"].items()})
     notes = f"\nMachine: {'; '.join(machines)}. Peers: {', '.join(versions)}.\n"
-    return HEAD + "".join(map(row, found)) + notes
+    return HEAD + "".join(map(row, found)) + notes + matrix()
 
 
 def main() -> int:

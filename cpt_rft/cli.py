@@ -93,6 +93,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
     _add(verbs, "report", _report, "write results.json and report.html from the records, print the table")
     _add(verbs, "prepare", _prepare, "write and check the rows, nothing else")
     _add(verbs, "train", _train, "train one stage whose parent is there", stage="required")
+    _add(verbs, "filter", _filter, "try the rows of one stage, and say which its filter keeps", stage="required")
     _add(verbs, "evaluate", _evaluate, "score one stage, or the base model if none is named", stage="optional")
     _add(verbs, "drift", _drift, "measure how far trained stages moved the model, and what their updates risked")
     schema = verbs.add_parser("schema", help="write the JSON Schemas of configs/ for editors")
@@ -103,6 +104,7 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
         ("data", "cpt_rft.data.command", "prepare, check, show and export real datasets"),
         ("audit", "eval.audit", "what each evaluation contract would have reported for one checkpoint"),
         ("compare", "eval.compare", "two run directories side by side: settings, and what they found"),
+        ("match", "eval.matching", "choose mixtures at equal learning by a run on dev, for a run on test"),
         ("track", "eval.track", "hand the training logs and results of a run to TensorBoard or W&B"),
         ("rescore", "eval.rescore", "score stored records again under another scorer, without generating"),
         ("pretrain", "cpt_rft.miniature.pretrain", "make the miniature base model"),
@@ -144,6 +146,8 @@ def _add(verbs: Any, name: str, verb: Callable[[argparse.Namespace], int | None]
         child.add_argument(
             "--order", action="append", type=int, default=[], help="only this task order (may be repeated)"
         )
+    if name == "filter":
+        child.add_argument("--keep-text", action="store_true", help="write down the text of every try too")
     if name in ("run", "drift"):
         child.add_argument("--task", help="go no further than this task")
     if name == "run":
@@ -295,6 +299,25 @@ def _train(options: argparse.Namespace) -> None:
         seed = experiment.seeds[0] if options.seed is None else options.seed
         stage = train_one(session, options.method, options.task, options.order, seed)
         _say(f"trained: {stage.directory}")
+
+
+def _filter(options: argparse.Namespace) -> None:
+    from cpt_rft.methods.instances import KEPT_NAME, TRIES_NAME
+    from cpt_rft.sequence.run import filter_one, open_session
+
+    experiment = _experiment(options, [options.method])
+    with open_session(experiment, _say, debug=options.debug) as session:
+        seed = experiment.seeds[0] if options.seed is None else options.seed
+        asked = (options.method, options.task, options.order, seed)
+        place, kept = filter_one(session, *asked, keep_text=options.keep_text)
+    print(f"tried by {kept['source']}")
+    for task, counts in kept["tasks"].items():
+        share = counts["kept"] / counts["rows"]
+        print(f"{task}: {counts['rows']} rows, {counts['solvable']} solvable, {counts['kept']} kept ({share:.1%})")
+    for name, ids in kept["controls"].items():
+        print(f"control {name}: {len(ids)} rows")
+    _say(f"kept ids and controls: {place / KEPT_NAME}")
+    _say(f"every row:             {place / TRIES_NAME}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.costs import chain_tokens
-from eval.matched import Point, combined, match, rising
+from eval.matched import Match, Point, combined, match, rising
 from eval.metrics import HEADLINE
-from eval.runs import Chain, Run
+from eval.records import RecordError
+from eval.runs import MATCHING_NAME, Chain, Run
 from eval.statistics import spread
 
 Array = NDArray[np.float64]
@@ -65,7 +66,9 @@ def _shared_name(names: Sequence[str]) -> str:
 def matched(run: Run, chains: Sequence[Chain], values: Values) -> list[Json]:
     """Every two families where both have several settings, at equal learning and at equal cost; RFT before SFT.
 
-    The mixtures are chosen by the values of this run, so a run on dev chooses, and its weights are then held fixed.
+    A run on dev chooses its mixtures by its own values. A run on test takes those that a run on dev chose for it
+    (`eval.matching`), or has none at equal learning: what it shows may not choose. Tokens are of training, so that
+    equal cost reads no row.
     """
     names = list(dict.fromkeys(chain.method for chain in chains))
     of = {name: [chain for chain in chains if chain.method == name] for name in names}
@@ -77,7 +80,7 @@ def matched(run: Run, chains: Sequence[Chain], values: Values) -> list[Json]:
         "learned": {name: float(point["learned"]) for name, (point, _) in found.items()},
         "tokens": {name: float(np.mean([chain_tokens(run, chain) for chain in of[name]])) for name in found},
     }
-    entries = []
+    carried, entries = carried_to(run), []
     for one, other in combinations(several, 2):
         kinds = [run.experiment.methods[several[label][0]].kind for label in (one, other)]
         first, second = (other, one) if kinds[0] == "sft" != kinds[1] else (one, other)
@@ -85,8 +88,36 @@ def matched(run: Run, chains: Sequence[Chain], values: Values) -> list[Json]:
             if on == "tokens" and not all(place.values()):
                 continue  # not every log counts them
             curves = [_curve(run, several[label], place) for label in (first, second)]
-            entries.append({"first": first, "second": second, "on": on, **_entry(curves, found)})
+            if on == "learned" and run.experiment.evaluation.split == "test":
+                met = carried.get((first, second))
+                chosen_on = None if met is None else "dev"
+            else:
+                met = match(*curves)
+                chosen_on = None if on == "tokens" else run.experiment.evaluation.split
+            entries.append(
+                {"first": first, "second": second, "on": on, "chosen_on": chosen_on, **_entry(curves, met, found)}
+            )
     return entries
+
+
+def carried_to(run: Run) -> dict[tuple[str, str], Match]:
+    """The mixtures that a run on dev chose for this one, by both families; none if `cpt-rft match` was not given.
+
+    Raises:
+        RecordError: The file was not written by it.
+    """
+    path = run.directory / MATCHING_NAME
+    if not path.is_file():
+        return {}
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))["pairs"]
+        found = {(p["first"], p["second"]): Match(float(p["level"]), *map(dict, p["weights"])) for p in pairs}
+        methods = {name for met in found.values() for name in met.weights}
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecordError(f"{path} is broken ({error}).", "give 'cpt-rft match' again") from error
+    if unknown := sorted(methods - run.experiment.methods.keys()):
+        raise RecordError(f"{path}: this run has no method {unknown[0]}.", "give 'cpt-rft match' again")
+    return found
 
 
 def _values(run: Run, chains: Sequence[Chain], values: Values) -> tuple[dict[str, float], dict[str, Array]]:
@@ -101,11 +132,14 @@ def _curve(run: Run, names: Sequence[str], place: Mapping[str, float]) -> list[P
     return [Point(name, place[name], run.experiment.methods[name].lr) for name in names]
 
 
-def _entry(curves: Sequence[Sequence[Point]], found: Mapping[str, tuple[dict[str, float], dict[str, Array]]]) -> Json:
-    """The difference where both curves meet, or what each of them reaches."""
+def _entry(
+    curves: Sequence[Sequence[Point]],
+    met: Match | None,
+    found: Mapping[str, tuple[dict[str, float], dict[str, Array]]],
+) -> Json:
+    """The difference of two mixtures, and what each curve reaches; without mixtures, or a part of them, that alone."""
     reach = [[rising(curve)[0].place, rising(curve)[-1].place] for curve in curves]
-    met = match(*curves)
-    if met is None:
+    if met is None or not met.weights.keys() <= found.keys():
         return {"reach": reach, "level": None, "weights": None, "difference": None}
     difference = {
         name: spread(

@@ -1,15 +1,17 @@
 """Evaluate one checkpoint: answers in every prompt style, scored by the functions that give the reward.
 
-Rows are read in order and answered in fixed batches; the records of a (task, style) are written whole once its last
-batch is scored, so a killed evaluation goes on with the next missing file.
+Rows are read in order and answered in fixed batches. A batch is on the disk before the next one is asked, and a file of
+records is there only whole (`eval.work`), so a killed evaluation goes on with the next missing batch and ends in the
+same bits. What is there already is asked no more: records belong to the checkpoint, the data and the contract that
+``reads.json`` and the records themselves name, and others are refused.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from cpt_rft.data.parquet import read_split
 from cpt_rft.data.picture import Picture
 from cpt_rft.engines.local.generate import Completion, generate
 from cpt_rft.errors import DataError
-from cpt_rft.files import sha256_file, write_json_atomic
+from cpt_rft.files import hash_tree, read_json, sha256_file, tree_sha256, write_json_atomic
 from cpt_rft.prompts import Style, target_text, user_text
 from cpt_rft.scoring import Score
 from cpt_rft.seeds import derive_seed
@@ -29,16 +31,18 @@ from eval.backends import Backend, BackendError, Question, reader
 from eval.contract import Contract, asked_vision, evaluation_contract, fingerprint
 from eval.forced import Forced, teacher_forced
 from eval.records import (
+    VERSION,
     Record,
     RecordError,
     read_records,
     record_of,
     record_path,
+    records_text,
     refuse_mixed,
     write_contract,
-    write_records,
 )
 from eval.scorers import score_under
+from eval.work import Work, work_path
 
 READS_NAME = "reads.json"
 #: Called with rows done, rows in all, and what is being answered.
@@ -99,6 +103,11 @@ class Subject:
             return reader(self.directory, vision)
         return load_policy(self.directory, dtype=dtype, device=self.device, vision=vision)
 
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of all its files, as manifests have it."""
+        return tree_sha256(hash_tree(self.directory))
+
 
 def evaluate_checkpoint(
     checkpoint: Path,
@@ -117,7 +126,7 @@ def evaluate_checkpoint(
     Args:
         checkpoint: A Hugging Face directory.
         data: Parquet file by task or general ability.
-        out: Directory of the records; files already whole under the same contract and rows are kept.
+        out: Directory of the records; files and batches already whole of the same key are kept.
         config: Contract, split, rows, styles, batch size and limits.
         prompt_preset: Name of the prompts.
         samples: Also draw this many samples a row at temperature 1 (the base model), general abilities excepted.
@@ -127,7 +136,7 @@ def evaluate_checkpoint(
 
     Raises:
         BackendError: The back end fails, saw another prompt, or cannot do what the contract asks.
-        RecordError: ``out`` holds records of another contract or of other rows.
+        RecordError: ``out`` holds records of another checkpoint, of another contract or of other rows.
     """
     decoding = CONTRACTS[config.contract].decoding
     jobs = [Job(task, style, decoding, out) for task in data for style in config.styles]
@@ -155,26 +164,46 @@ def do_jobs(
         finished: Told every file that was made, and the seconds that its answers took, loading left out.
     """
     rows = {task: _rows(path, task, subject.config) for task, path in data.items()}
+    reads = {task: _read(subject, data[task], rows[task]) for task in data}
     for out in dict.fromkeys(job.out for job in jobs):
-        _note_reads(out, data, rows)
+        _note_reads(out, reads)
     total = sum(len(rows[job.task]) * job.decoding.samples for job in jobs)
     done = 0
+
+    def batch_done(job: Job, count: int) -> None:
+        nonlocal done
+        done += count * job.decoding.samples
+        progress(done, total, f"{job.task} {job.style}")
+
     for job in jobs:
         contract = evaluation_contract(subject.directory, subject.config, subject.prompt_preset, job.decoding)
         if job.path.exists():
             _check_finished(rows[job.task], job, contract)
-            done += len(rows[job.task]) * job.decoding.samples
-            progress(done, total, f"{job.task} {job.style}")
+            work_path(job.path).unlink(missing_ok=True)  # of a process killed right after it published
+            batch_done(job, len(rows[job.task]))
             continue
-        name, policy = write_contract(job.out, contract), subject.policy
-        started = time.perf_counter()
-        records: list[Record] = []
-        for batch in _batches(rows[job.task], subject.config.batch_size):
-            records += _answer(subject, policy, batch, job, name)
-            done += len(batch) * job.decoding.samples
-            progress(done, total, f"{job.task} {job.style}")
-        write_records(job.path, records)
-        finished(job, time.perf_counter() - started)
+        name = write_contract(job.out, contract)
+        seconds = _do_job(subject, job, rows[job.task], {**reads[job.task], "contract": name}, batch_done)
+        finished(job, seconds)
+
+
+def _do_job(
+    subject: Subject, job: Job, rows: Sequence[Example], read: Mapping[str, Any], done: Callable[[Job, int], None]
+) -> float:
+    """Make one file of records, or go on with it; returns the seconds that its answers took, in all its parts."""
+    config = subject.config
+    key = {**read, "task": job.task, "style": job.style, "batch_size": config.batch_size, "records": VERSION}
+    batches = [rows[start : start + config.batch_size] for start in range(0, len(rows), config.batch_size)]
+    policy = subject.policy
+    with Work(job.path, key) as work:
+        for number, batch in enumerate(batches, start=1):
+            if number > len(work.batches):
+                started = time.perf_counter()
+                text = records_text(_answer(subject, policy, batch, job, read["contract"]))
+                commit = work.publish if number == len(batches) else work.add
+                commit(text, time.perf_counter() - started)
+            done(job, len(batch))
+        return work.seconds
 
 
 def _rows(path: Path, task: str, config: EvaluationConfig) -> list[Example]:
@@ -191,22 +220,32 @@ def _rows(path: Path, task: str, config: EvaluationConfig) -> list[Example]:
     return chosen
 
 
-def _note_reads(out: Path, data: Mapping[str, Path], rows: Mapping[str, Sequence[Example]]) -> None:
-    """Every file that was read for scores leaves a trace beside them: which split, how many rows, which bytes."""
-    path = out / READS_NAME
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    read = {
-        task: {
-            "split": rows[task][0].split,
-            "rows": len(rows[task]),
-            "sha256": sha256_file(file),
-            **_shared_pictures(rows[task]),
-        }
-        for task, file in data.items()
+def _read(subject: Subject, path: Path, rows: Sequence[Example]) -> dict[str, Any]:
+    """What is read for the scores of a task: who answers, which split, how many rows, which bytes."""
+    return {
+        "checkpoint": subject.sha256,
+        "split": rows[0].split,
+        "rows": len(rows),
+        "sha256": sha256_file(path),
+        **_shared_pictures(rows),
     }
-    if {**known, **read} != known:
+
+
+def _note_reads(out: Path, reads: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every file that was read for scores leaves a trace beside them; another checkpoint's records are not touched."""
+    path = out / READS_NAME
+    known = read_json(path)
+    for task, read in reads.items():
+        asked = read["checkpoint"]
+        before = known.get(task, {}).get("checkpoint", asked)
+        if before != asked and any(out.glob(f"{task}.*.jsonl")):
+            raise RecordError(
+                f"{out} holds records of {task} by another checkpoint ({before[:12]}, this is {asked[:12]}).",
+                "evaluate into another directory, or delete them",
+            )
+    if {**known, **reads} != known:
         out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, {**known, **read})
+        write_json_atomic(path, {**known, **reads})
 
 
 def _shared_pictures(rows: Sequence[Example]) -> dict[str, list[int]]:
@@ -214,11 +253,6 @@ def _shared_pictures(rows: Sequence[Example]) -> dict[str, list[int]]:
     seen: dict[tuple[bytes, ...], int] = {}
     numbers = [seen.setdefault(row.images, len(seen)) if row.images else -1 - place for place, row in enumerate(rows)]
     return {"pictures": numbers} if len(set(numbers)) < len(rows) else {}
-
-
-def _batches(rows: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _check_finished(rows: Sequence[Example], job: Job, contract: Contract) -> None:

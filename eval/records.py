@@ -126,7 +126,12 @@ def record_path(directory: Path, task: str, style: str, *, sampled: bool = False
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, "".join(_line(record) for record in records))
+    write_text_atomic(path, records_text(records))
+
+
+def records_text(records: Iterable[Record]) -> str:
+    """Records as they stand in a file, one line each."""
+    return "".join(_line(record) for record in records)
 
 
 def _line(record: Record) -> str:

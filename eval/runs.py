@@ -19,6 +19,8 @@ from eval.records import RecordError, counts, read_contracts, read_records, reco
 Array = NDArray[np.float64]
 MULTITASK_STAGE = "multitask"
 READS_NAME = "reads.json"
+#: Mixtures of methods that were chosen on dev for this run on test (`eval.matching`).
+MATCHING_NAME = "matching.json"
 
 
 class IncompleteRunError(UserError):

@@ -56,7 +56,9 @@ def matched_sheet(results: Json) -> Sheet:
         pair, on = f"{entry['first']} against {entry['second']}", MATCHED_ON[entry["on"]]
         if entry["level"] is None:
             reach = "; ".join(f"{number(low)} to {number(high)}" for low, high in entry["reach"])
-            rows.append((pair, on, f"none ({reach})", *[NONE] * (len(METRIC_NAMES) + 1)))
+            unchosen = entry["on"] == "learned" and entry["chosen_on"] is None
+            why = "not chosen on dev" if unchosen else f"none ({reach})"
+            rows.append((pair, on, why, *[NONE] * (len(METRIC_NAMES) + 1)))
             continue
         parts = [entry["difference"][name] for name in METRIC_NAMES]
         cells = [f"{signed(part['value'])}\n{bounds(part['examples'])}" for part in parts]
@@ -64,8 +66,9 @@ def matched_sheet(results: Json) -> Sheet:
         rows.append((pair, on, number(entry["level"]), *cells, mixed))
     heads = ("families", "equal in", "at", *METRIC_NAMES.values(), "mixed from")
     note = (
-        "Difference in points, native and strict, with 95 % intervals over examples. A level between two learning rates"
-        f" is reached by a linear mixture of both, chosen on this run's rows ({results['split']})."
+        f"Difference in points on {results['split']}, native and strict, with 95 % intervals over examples. A level"
+        " between two learning rates is reached by a linear mixture of both: at equal learning chosen on dev, for test"
+        " by 'cpt-rft match' and held fixed (then 'at' is the accuracy on dev); at equal cost by tokens alone."
     )
     return Sheet("At equal learning, at equal cost", heads, tuple(rows), 3, note)
 

@@ -29,6 +29,20 @@ def test_scoring_is_fast_enough(record_property: Callable[[str, object], None]) 
     assert told["mathruler_pairs_a_second_of_two_cores"] >= 300
 
 
+@pytest.mark.full  # 30 s
+def test_a_matrix_of_evaluation_is_fast_enough(tmp_path: Path) -> None:
+    """A seventh of the checkpoints on a fifth of the rows, so a thirty-fifth of what may take three minutes."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "evaluation.py"), "--rows", "100", "--rounds", "1"]
+    base = str(ROOT / "cpt_rft/miniature/base")
+    subprocess.run([*command, "--checkpoints", base, "--out", str(tmp_path)], check=True, capture_output=True)
+    told = json.loads((tmp_path / "matrix.json").read_text())
+    for style, seconds in told["seconds_of_two_cores"].items():
+        [found] = told["rounds"][style]
+        assert (found["answers"], found["tokens"] >= 700) == (700, True)
+        assert 0 < seconds <= 180 / 35
+    assert told["bound"] is None
+
+
 def test_the_scoring_benchmark_prints_its_figures():
     told = scoring("--answers", 300, "--latex", 24)
     assert told["short_answers"] == 300

@@ -207,7 +207,7 @@ def asked(rows: list[Example]) -> list[tuple]:
 
 def test_training_refuses_to_be_scored_in_other_sizes(tmp_path_factory, tmp_path: Path) -> None:
     tiny = prepared(tmp_path_factory.getbasetemp()).copy(tmp_path)
-    assert preflight(tiny.experiment("evaluation.max_pixels=12845056"), tiny.base)["name"] == "local"
+    assert preflight(tiny.experiment("evaluation.max_pixels=12845056"), tiny.base)["engine"]["name"] == "local"
     with pytest.raises(ConfigError, match=r"max_pixels 12845056 against 50176.* Fix: set evaluation.min_pixels"):
         preflight(tiny.experiment("evaluation.max_pixels=50176"), tiny.base)
     with pytest.raises(ConfigError, match="min_pixels 3136 against 262144"):

@@ -21,11 +21,13 @@ from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import target_text, user_text
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft, weights
 from tests.helpers.killed import train_and_die
+from tests.helpers.tiny_run import unmeasured
 
 LOG_KEYS = {
     *("step", "loss", "reward", "accuracy", "format", "kl", "length", "truncated", "grad_norm", "lr"),
     *(
         "zero_variance",
+        "unscored",
         "skipped",
         "seconds",
         "tokens",
@@ -38,6 +40,7 @@ LOG_KEYS = {
         "difficulty",
         "penalty",
     ),
+    *("memory_bytes", "energy_joules"),
     *("reward_variance", "all_right", "all_wrong", "grad_norm_right", "grad_norm_mixed", "grad_norm_wrong"),
 }
 
@@ -106,7 +109,7 @@ def test_the_log(base: Path, taught: Path, rows: list[Example], tmp_path: Path) 
         assert all(set(line) == LOG_KEYS for line in lines)
         assert [json.loads(log.line()) for log in logs] == lines
         reported = {key for key, value in lines[0].items() if value is not None}
-        assert reported >= {"loss", "grad_norm", "lr", "tokens", "length", "seconds", "skipped"}
+        assert reported >= {"loss", "grad_norm", "lr", "tokens", "length", "seconds", "skipped", "memory_bytes"}
         assert ("reward" in reported) == ("kl" in reported) == (name == "grpo")
         assert sorted(path.name for path in stage.directory.iterdir()) == ["checkpoint", "train"]
 
@@ -133,7 +136,7 @@ def test_a_killed_stage_ends_with_the_same_bits(
     assert len(read_log(stage)) == 7
     assert [log.step for log in run(stage)] == list(range(6, 13))
     assert same_weights(whole.directory / "checkpoint", stage.directory / "checkpoint")
-    lines = [[{**line, "seconds": 0} for line in read_log(each)] for each in (whole, stage)]
+    lines = [[unmeasured(line) for line in read_log(each)] for each in (whole, stage)]
     assert lines[0] == lines[1]
     assert not (stage.directory / "resume").exists()
 

@@ -1,26 +1,21 @@
 """Back ends: the same prompts and pictures, token for token; the same answers; and what goes wrong on the way."""
 
-import base64
-import json
 import os
 import socket
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cpt_rft.checkpoint import encode_prompts, load_policy
+from cpt_rft.checkpoint import encode_prompts
 from cpt_rft.config.contracts import Decoding
 from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.data.parquet import write_split
-from cpt_rft.engines.local.generate import generate
 from cpt_rft.miniature.tasks import TASKS
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import user_text
@@ -31,6 +26,7 @@ from eval.backends.openai import OpenAi
 from eval.backends.vllm import Vllm
 from eval.harness import evaluate_checkpoint
 from eval.records import read_records, record_path
+from tests.helpers.chat_server import Server, served
 from tests.helpers.parity import differing
 
 BASE = Path(__file__).resolve().parents[1] / "cpt_rft/miniature/base"
@@ -45,68 +41,10 @@ def questions() -> list[Question]:
     return [Question(r.id, t, i, p) for r, (i, t), p in zip(rows, texts, prompts, strict=True)]
 
 
-class Server(ThreadingHTTPServer):
-    """Chat completions by the miniature base, on loopback; `fault` may spoil a reply."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.policy = load_policy(BASE)
-        self.lock, self.bodies, self.at_once, self.most = threading.Lock(), [], 0, 0
-        self.fault: Callable[[int, dict[str, Any]], tuple[int, Any]] = lambda count, reply: (200, reply)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: Any) -> None: ...
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body["key"] = self.headers.get("Authorization")
-        with self.server.lock:
-            self.server.bodies.append(body)
-            count = len(self.server.bodies)
-            self.server.at_once += 1
-            self.server.most = max(self.server.most, self.server.at_once)
-        reply = _reply(self.server, body)
-        status, reply = self.server.fault(count, reply)
-        with self.server.lock:
-            self.server.at_once -= 1
-        text = json.dumps(reply).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-
-def _reply(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-    [message] = body["messages"]
-    parts = message["content"]
-    images = [base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in parts if p["type"] == "image_url"]
-    text = "".join(p["text"] if p["type"] == "text" else "<image>" for p in parts)
-    [prompt] = encode_prompts(server.policy, [(images, text)])
-    with server.lock:
-        [[done]] = generate(server.policy, [prompt], max_new_tokens=body["max_tokens"], temperature=0.0)
-    said = server.policy.tokenizer.decode(done.token_ids, skip_special_tokens=True)
-    choice = {"message": {"content": said}, "finish_reason": done.finish, "token_ids": done.token_ids}
-    return {"prompt_token_ids": prompt.ids.tolist(), "usage": {"prompt_tokens": len(prompt.ids)}, "choices": [choice]}
-
-
 @pytest.fixture(scope="module")
 def shared_server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(BASE) as server:
+        yield server
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from eval.sheets import further_sheets
 from eval.table import Sheet
 from eval.track import points, track
 from tests.helpers.synthetic_run import write_run
+from tests.helpers.wandb_file import messages
 
 TASKS = ("mini_textvqa", "mini_gqa", "mini_scienceqa")
 
@@ -172,6 +173,31 @@ def test_tensorboard_gets_every_number(run: Path, tmp_path: Path) -> None:
     assert [step for step, _ in wanted] == list(range(1, 61))
     found = [(event.step, event.value) for event in events.Scalars("train/reward")]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_wandb_gets_every_number_offline(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in W&B's own files is read back; nothing is sent anywhere."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(["track", str(run), "--to", "wandb", "--out", str(tmp_path)]) == 0
+    opened = Run.open(run)
+    found: dict[str, list[tuple[str, int, float]]] = {}
+    for path in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        name, numbers = "", []
+        for message in messages(path):
+            record = Record.FromString(message)
+            name = record.run.display_name or name
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            numbers += [(key, items["step"], value) for key, value in items.items() if key.startswith("train/")]
+        found[name] = numbers
+    for chain in opened.chains:
+        wanted = [(key, step, value) for key, value, step in points(opened, chain)]
+        assert len(wanted) >= 60
+        assert found.pop(f"{chain.method}/order{chain.order_index}/seed{chain.seed}") == wanted
+    assert found == {}
 
 
 def test_a_tracker_that_is_not_installed_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

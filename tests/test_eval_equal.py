@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpt_rft import cli
 from cpt_rft.miniature.world import make_rows
 from eval.costs import costs
 from eval.equal import families
 from eval.harness import READS_NAME, _shared_pictures
 from eval.matched import Point, combined, match, mixture, rising
+from eval.matching import match_on_dev
 from eval.records import RecordError, read_records, record_path
 from eval.results import build_results
-from eval.runs import Run
+from eval.runs import MATCHING_NAME, Run
+from eval.sheets import matched_sheet
 from tests.helpers.synthetic_run import write_run
+from tests.helpers.tiny_run import edited
 
 TASKS = ("mini_textvqa", "mini_gqa", "mini_scienceqa")
 LOW, MIDDLE, HIGH = (Point(name, place, order) for name, place, order in (("l", 60, 1), ("m", 70, 2), ("h", 65, 3)))
@@ -53,12 +57,13 @@ def test_families_meet_in_the_middle_of_what_both_reach() -> None:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose two arms come at two learning rates each; the second rate of each is a copy that learned less."""
+    """A run on dev whose arms come at two learning rates each; the second rate of each is a copy that learned less."""
     run = write_run(tmp_path_factory.mktemp("equal") / "run", tasks=TASKS, seeds=(0, 1), rows=24, arms=("sft", "grpo"))
     config = json.loads((run / "config.json").read_text())
     for name in ("sft", "grpo"):
         config["methods"][f"{name}_slow"] = {**config["methods"][name], "name": f"{name}_slow", "lr": 1e-4}
         shutil.copytree(run / name, run / f"{name}_slow")
+    config["evaluation"]["split"] = "dev"
     (run / "config.json").write_text(json.dumps(config))
     for path in run.glob("*_slow/order0/seed*/*/eval/*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -99,6 +104,72 @@ def test_arms_are_compared_where_they_learned_equally(results: dict[str, Any]) -
     assert bwt["examples"][0] < bwt["value"] < bwt["examples"][1]
     # Equal logs, equal cost: each family stands at one place, and that is where they are compared.
     assert (tokens["on"], tokens["level"]) == ("tokens", 60 * 100.0)
+
+
+@pytest.fixture
+def on_test(searched: Path, tmp_path: Path) -> Path:
+    """The same methods on test, one seed alone, where the slow arms learned still less."""
+    run = Path(shutil.copytree(searched, tmp_path / "test"))
+    with edited(run / "config.json") as config:
+        config["evaluation"] |= {"split": "test", "rows": 24}
+        config["seeds"] = [1]
+    for path in run.glob("*_slow/order0/seed1/*/eval/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines[1::4]:
+            line |= {"strict": 0.0, "lenient": 0.0}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_what_dev_chose_is_held_fixed_on_test(results: dict[str, Any], searched: Path, on_test: Path) -> None:
+    before = build_results(on_test)["matched"]
+    assert [entry["chosen_on"] for entry in before] == [None, None]
+    assert (before[0]["level"], before[0]["weights"], before[0]["difference"]) == (None, None, None)
+    assert before[1]["difference"] is not None  # equal cost reads no row
+    assert "not chosen on dev" in matched_sheet({"matched": before, "split": "test"}).rows[0][2]
+    assert cli.main(["match", str(searched), str(on_test)]) == 0
+    found = build_results(on_test)
+    learned, dev = found["matched"][0], results["matched"][0]
+    assert (dev["chosen_on"], learned["chosen_on"]) == ("dev", "dev")
+    assert (learned["level"], learned["weights"]) == (dev["level"], dev["weights"])
+    assert learned["reach"] != dev["reach"]
+    for metric in ("bwt", "learned"):
+        first, second = (
+            sum(w * found["methods"][name]["summary"]["native"]["strict"][metric]["value"] for name, w in part.items())
+            for part in dev["weights"]
+        )
+        assert learned["difference"][metric]["value"] == pytest.approx(first - second, abs=1e-4)
+    assert abs(learned["difference"]["learned"]["value"]) > 0.01  # on test it is not equal, and the report says so
+
+
+def test_only_dev_chooses_and_only_for_the_same_methods(
+    searched: Path, on_test: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(first: Path, second: Path) -> str:
+        assert cli.main(["match", str(first), str(second)]) == 2
+        return capsys.readouterr().err
+
+    assert "is scored on test, not on dev. Fix: name the run on dev first" in refused(on_test, on_test)
+    assert "is scored on dev, not on test" in refused(searched, searched)
+    with edited(on_test / "config.json") as config:
+        config["methods"]["grpo_slow"]["lr"] = 3e-4
+    assert "learned differently: methods.grpo_slow.lr: 0.0001 against 0.0003" in refused(searched, on_test)
+    assert not (on_test / MATCHING_NAME).exists()
+    (on_test / MATCHING_NAME).write_text('{"pairs": [{"first": "grpo"}]}')
+    with pytest.raises(RecordError, match="is broken"):
+        build_results(on_test)
+    pair = {"first": "grpo", "second": "sft", "level": 1.0, "weights": [{"grpo": 1.0}, {"other": 1.0}]}
+    (on_test / MATCHING_NAME).write_text(json.dumps({"pairs": [pair]}))
+    with pytest.raises(RecordError, match="this run has no method other"):
+        build_results(on_test)
+
+
+def test_dev_must_find_what_to_carry(searched: Path, on_test: Path, tmp_path: Path) -> None:
+    single = Path(shutil.copytree(searched, tmp_path / "single"))
+    with edited(single / "config.json") as config:
+        del config["methods"]["grpo_slow"]
+    with pytest.raises(RecordError, match="no two families of learning rates that reach one accuracy"):
+        match_on_dev(single, on_test)
 
 
 def test_families_that_meet_nowhere_say_what_they_reach(searched: Path, tmp_path: Path) -> None:

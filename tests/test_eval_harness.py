@@ -9,7 +9,7 @@ import pytest
 
 from cpt_rft.config.schema import EvaluationConfig
 from cpt_rft.data.parquet import read_split, write_split
-from cpt_rft.errors import CheckpointError, DataError
+from cpt_rft.errors import DataError
 from cpt_rft.miniature.model import build_model, train_tokenizer, write_base
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import STYLES, user_text
@@ -139,13 +139,16 @@ def test_an_interrupted_evaluation_ends_byte_for_byte_the_same(place: Path, whol
     assert seen[-1][0] == seen[-1][1] == 8 * ROWS
 
 
-def test_a_whole_evaluation_needs_no_weights(place: Path, whole: Path, tmp_path: Path) -> None:
-    light = tmp_path / "base"
-    shutil.copytree(place / "base", light, ignore=shutil.ignore_patterns("*.safetensors"))
-    data = {task: place / f"{task}.parquet" for task in TASKS}
-    evaluate_checkpoint(light, data, whole, config(general=("mini_mmlu_pro",)), "miniature", samples=2)
-    with pytest.raises(CheckpointError):
-        evaluate_checkpoint(light, data, tmp_path / "new", config(), "miniature")
+def test_a_whole_evaluation_loads_no_weights(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*arguments: object, **named: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("eval.harness.load_policy", loaded)
+    before = contents(whole)
+    evaluate(place, whole, samples=2, general=("mini_mmlu_pro",))
+    assert contents(whole) == before
+    with pytest.raises(AssertionError, match="loaded"):
+        evaluate(place, whole, samples=2)  # the samples of one task more
 
 
 def test_batches_do_not_matter(place: Path, whole: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from cpt_rft.scoring import Score
 from cpt_rft.sequence.plan import Selection, training_cost
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, stock_inputs, weights
 from tests.helpers.killed import train_and_die
+from tests.helpers.tiny_run import unmeasured
 
 PARTS: dict[str, dict[str, Any]] = {
     "uft": {"hint": Hint(coef=0.1)},
@@ -328,9 +329,7 @@ def test_a_killed_stage_ends_with_the_same_bits(
     one, other = (weights(each.directory / "checkpoint") for each in (whole, killed))
     assert all(torch.equal(one[name], other[name]) for name in one)
     logs = [read_json_lines(each.directory / "train" / "log.jsonl") for each in (whole, killed)]
-    assert [{k: v for k, v in line.items() if k != "seconds"} for line in logs[0]] == [
-        {k: v for k, v in line.items() if k != "seconds"} for line in logs[1]
-    ]
+    assert [unmeasured(line) for line in logs[0]] == [unmeasured(line) for line in logs[1]]
     if "curriculum" in part:
         assert len({line["difficulty"] for line in logs[0]}) == 6
     before = weights(base)

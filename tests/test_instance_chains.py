@@ -7,17 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from cpt_rft.config.load import REPOSITORY, dump, load_experiment
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import ARTEFACTS_NAME
-from cpt_rft.engines.local.rollouts import WORK_NAME
 from cpt_rft.errors import CheckpointError, ConfigError
 from cpt_rft.files import read_json, read_json_lines
 from cpt_rft.manifest import read_manifest
-from cpt_rft.methods.instances import KEPT_NAME
+from cpt_rft.methods.instances import KEPT_NAME, TRIES_NAME
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.sequence.job import Job, do_job
 from cpt_rft.sequence.lineage import first_problem, survey
@@ -27,7 +27,7 @@ from eval.results import build_results
 from eval.table import markdown
 from tests.helpers.engine import TASK
 from tests.helpers.instances import OTHER, half_taught, is_right
-from tests.helpers.tiny_run import Tiny, content
+from tests.helpers.tiny_run import Tiny, content, one_line_error
 
 METHODS = """\
   rif: {{extends: grpo, style: direct, lr: 2e-4, prompts_per_step: 4, micro_batch: 4, group: 2, max_new_tokens: 6,
@@ -129,7 +129,7 @@ def test_the_share_kept_is_in_manifest_results_and_table(done: Tiny) -> None:
     seed = results["methods"]["rif"]["seeds"]["0"]
     for place, task in enumerate((TASK, OTHER), start=1):
         artefacts = stage_of(done, "rif", place) / ARTEFACTS_NAME
-        counts = [line["correct"] for line in read_json_lines(artefacts / WORK_NAME)]
+        counts = [line["correct"] for line in read_json_lines(artefacts / TRIES_NAME)]
         kept = sum(0 < count < 8 for count in counts)
         (recorded,) = read_manifest(artefacts.parent).provenance["kept"]
         assert recorded["tasks"] == {task: {"rows": 12, "solvable": sum(c > 0 for c in counts), "kept": kept}}
@@ -148,7 +148,7 @@ def test_rows_are_taught_from_the_checkpoint_of_the_same_task(done: Tiny) -> Non
         name = f"grpo/order0/seed0/{source.name} {weights[:12]}"
         assert [each["source"] for each in provenance["kept"]] == [name]
         assert read_manifest(stage).identity["source"] == read_manifest(source).identity_sha256
-        lines = read_json_lines(stage / ARTEFACTS_NAME / WORK_NAME)
+        lines = read_json_lines(stage / ARTEFACTS_NAME / TRIES_NAME)
         rows = {row.id: row for row in make_rows(task, "train", 12, 0)}
         taught = [(rows[line["id"]], line["response"]) for line in lines if line["response"] is not None]
         assert taught and all(is_right(row, response) for row, response in taught)
@@ -208,6 +208,68 @@ def test_a_chain_made_again_has_the_same_bits(own: Tiny) -> None:
     for method in ("self", "taught"):
         own.finish(method)
     assert content(own.directory) == before
+
+
+# --- cpt-rft filter ---
+
+
+def filter_job(tries: Literal["counts", "texts"]) -> Job:
+    return Job("chain", "rif", 0, 0, (TASK,), train=False, evaluate=False, measure=False, tries=tries)
+
+
+def test_rows_are_filtered_ahead_and_training_goes_on_with_them(own: Tiny) -> None:
+    before = content(own.directory)
+    kept = read_json(stage_of(own, "rif") / ARTEFACTS_NAME / KEPT_NAME)
+    shutil.rmtree(own.directory / "rif")
+    ticks: list[str] = []
+    do_job(own.directory, filter_job("counts"), lambda event: ticks.append(event.get("text", "")))
+    work = stage_of(own, "rif").with_suffix(".partial")
+    assert not (work / "checkpoint").exists() and not stage_of(own, "rif").exists()
+    assert read_json(work / KEPT_NAME) == kept and ticks[-1] == "tried" and "trying row 12/12" in ticks
+    header, *lines = (work / TRIES_NAME).read_text().splitlines()
+    torn = [header, *lines[:4], lines[4][:20]]
+    (work / TRIES_NAME).write_text("\n".join(torn))
+    do_job(own.directory, filter_job("counts"), lambda event: None)
+    assert (work / TRIES_NAME).read_text().splitlines() == [header, *lines]
+    own.finish("rif")
+    assert content(own.directory) == before
+
+
+def test_controls_are_those_of_a_stage_with_that_control(done: Tiny) -> None:
+    kept = read_json(stage_of(done, "rif") / ARTEFACTS_NAME / KEPT_NAME)
+    counts = {
+        line["id"]: line["correct"] for line in read_json_lines(stage_of(done, "rif") / ARTEFACTS_NAME / TRIES_NAME)
+    }
+    unsolvable = [name for name, count in counts.items() if count == 0]
+    size = min(len(kept["ids"]), len(unsolvable))
+    assert size and {len(ids) for ids in kept["controls"].values()} == {size}
+    assert set(kept["controls"]["unsolvable"]) <= set(unsolvable)
+    assert all(counts[name] > 0 for name in kept["controls"]["solvable"])
+
+
+def test_texts_are_kept_when_asked_and_change_nothing_else(own: Tiny) -> None:
+    artefacts = stage_of(own, "rif") / ARTEFACTS_NAME
+    plain = read_json_lines(artefacts / TRIES_NAME)
+    shutil.rmtree(own.directory / "rif")
+    do_job(own.directory, filter_job("counts"), lambda event: None)
+    do_job(own.directory, filter_job("texts"), lambda event: None)  # tried again, now with texts
+    own.finish("rif")
+    lines = read_json_lines(artefacts / TRIES_NAME)
+    assert [{key: line[key] for key in ("id", "task", "correct")} for line in lines] == plain
+    rows = {row.id: row for row in make_rows(TASK, "train", 12, 0)}
+    for line in lines:
+        assert line["right"] == [is_right(rows[line["id"]], text) for text in line["texts"]] and len(line["texts"]) == 8
+        assert sum(line["right"]) == line["correct"]
+    own.file.write_text(TEXT.format(base=own.base, output=own.directory))
+    status, out, _ = own.command("filter", "rif", TASK, "--keep-text")
+    assert status == 0 and f"{TASK}: 12 rows" in out and "control random" in out
+
+
+def test_a_method_without_a_filter_and_texts_that_are_gone_are_refused(done: Tiny) -> None:
+    error = one_line_error(done.command("filter", "grpo", TASK))
+    assert "grpo has no filter" in error and "methods.grpo.filter=" in error
+    error = one_line_error(done.command("filter", "rif", TASK, "--keep-text"))
+    assert "is trained, and the texts of its tries were not kept" in error
 
 
 @pytest.mark.full

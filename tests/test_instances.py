@@ -17,13 +17,13 @@ from cpt_rft.engines.base import ARTEFACTS_NAME, Source, Stage
 from cpt_rft.engines.local.batches import stage_batches
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.grpo import GrpoObjective
-from cpt_rft.engines.local.rollouts import WORK_NAME, chosen_rows
+from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows
 from cpt_rft.engines.local.rounds import train_rounds
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE
 from cpt_rft.errors import DataError
 from cpt_rft.files import read_json, read_json_lines, sha256_file
-from cpt_rft.methods.instances import KEPT_NAME, Tried, answered, filtered, read_kept
+from cpt_rft.methods.instances import KEPT_NAME, TRIES_NAME, Tried, answered, filtered, read_kept
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.prompts import target_text, user_text
 from cpt_rft.seeds import derive_seed
@@ -46,11 +46,11 @@ def rows() -> list[Example]:
 
 def kept_of(stage: Stage) -> dict[str, list[Example]]:
     rows = {TASK: [*make_rows(TASK, "train", 12, 0)]}
-    return chosen_rows(stage, rows, "x", torch.float32, "cpu", ALONE)
+    return chosen_rows(stage, rows, "x", LocalAttempt(stage, torch.float32, "cpu"))
 
 
 def tries(stage: Stage) -> dict[str, int]:
-    lines = read_json_lines(stage.directory / ARTEFACTS_NAME / WORK_NAME)
+    lines = read_json_lines(stage.directory / ARTEFACTS_NAME / TRIES_NAME)
     return {line["id"]: line["correct"] for line in lines}
 
 
@@ -126,7 +126,7 @@ def test_the_rows_trained_on_are_the_rows_kept(base: Path, rows: list[Example], 
     assert sorted(seen) == sorted([*solvable, *solvable])
     assert logs[-1].step == logs[-1].steps == len(logs) == -(-2 * len(solvable) // 4)
     assert kept["tasks"] == {TASK: {"rows": 12, "solvable": len(solvable), "kept": len(solvable)}}
-    assert not (stage.directory / WORK_NAME).exists() and not (stage.directory / KEPT_NAME).exists()
+    assert not (stage.directory / TRIES_NAME).exists() and not (stage.directory / KEPT_NAME).exists()
 
 
 def test_arms_that_start_from_one_model_make_the_same_tries(base: Path, rows: list[Example], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_arms_that_start_from_one_model_make_the_same_tries(base: Path, rows: li
         kept[control] = read_json(stage.directory / ARTEFACTS_NAME / KEPT_NAME)["ids"]
         assert {len(each) for each in kept.values()} == {len(kept["solvable"])} != {0}
     assert not set(kept["solvable"]) & set(kept["unsolvable"])
-    prints = {sha256_file(tmp_path / control / ARTEFACTS_NAME / WORK_NAME) for control in kept}
+    prints = {sha256_file(tmp_path / control / ARTEFACTS_NAME / TRIES_NAME) for control in kept}
     assert len(prints) == 1
 
 
@@ -202,7 +202,7 @@ def test_a_torn_line_and_a_batch_that_is_not_whole_are_made_again(
     """Whole batches are taken up as they are, the rest is written anew, and tries of another stage are not used."""
     stage = make_stage(tmp_path / "stage", base, grpo(filter=Filter(**RULE)), rows)
     kept = kept_of(stage)
-    path = stage.directory / WORK_NAME
+    path = stage.directory / TRIES_NAME
     whole = path.read_text().splitlines(keepends=True)
     marked = [line.replace('"correct": ', '"correct": 1') for line in whole]
     path.write_text("".join([whole[0], *marked[1:5], *marked[5:7]]) + marked[7][:9])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from cpt_rft.checkpoint import load_policy
 from cpt_rft.engines.base import StepLog
+from cpt_rft.engines.handover import assemble, start_checkpoint
 from cpt_rft.engines.llamafactory.failures import explain
-from cpt_rft.engines.llamafactory.finish import assemble, start_checkpoint
 from cpt_rft.engines.llamafactory.resume import kept_lines, make_loadable, open_out
 from cpt_rft.engines.llamafactory.rows import WrittenRows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history

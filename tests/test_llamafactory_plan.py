@@ -16,7 +16,8 @@ from cpt_rft.config.load import load_experiment
 from cpt_rft.engines.environment import locked_versions
 from cpt_rft.engines.llamafactory.estimate import Shape, activation_bytes, state_bytes, work_bytes
 from cpt_rft.errors import ConfigError
-from cpt_rft.sequence.doctor import Finding, examine
+from cpt_rft.sequence.doctor import examine
+from cpt_rft.sequence.finding import Finding
 from cpt_rft.sequence.plan import Selection
 from cpt_rft.sequence.status import plan, plan_table
 from tests.helpers.llamafactory import BASE
@@ -101,19 +102,19 @@ def test_a_stage_in_work_holds_two_resume_points_and_the_final_weights():
 def test_the_plan_shows_every_native_command_before_anything_starts(tmp_path):
     experiment = load_experiment(ROOT / "configs/experiments/smoke.yaml", [*SMALL, f"output={tmp_path / 'run'}"])
     result = plan(experiment, Selection(methods=("sft",)))
-    assert set(result["native"]["commands"]) == {"sft seed0 1_mini_gqa", "sft seed0 2_mini_superclevr"}
+    assert set(result["native"]["llamafactory"]["commands"]) == {"sft seed0 1_mini_gqa", "sft seed0 2_mini_superclevr"}
     text = plan_table(result)[1]
     assert f"cd {tmp_path}/run/sft/order0/seed0/1_mini_gqa.partial/llamafactory && " in text
     assert "FORCE_TORCHRUN=1 NPROC_PER_NODE=2 NNODES=1 llamafactory-cli train train.yaml" in text
     assert "memory a GPU: about" in text and "gradient accumulation sft 1" in text
     assert not (tmp_path / "run").exists()
-    assert result["disk_peak_bytes"] > result["native"]["work_bytes"]
+    assert result["disk_peak_bytes"] > result["native"]["llamafactory"]["work_bytes"]
 
 
 def test_the_papers_arm_can_be_planned_without_gpus_and_model():
     paper = ROOT / "configs/experiments/paper_qwen2_5_vl_7b.yaml"
     result = plan(load_experiment(paper, ["engine.processes=8"]), Selection(methods=("sft",)))
-    assert result["native"]["gradient_accumulation"] == {"sft": 3}
+    assert result["native"]["llamafactory"]["gradient_accumulation"] == {"sft": 3}
     assert [row["stage"] for row in result["stages"]][5:] == ["5_geometry3k", "6_pathvqa", "7_superclevr"]
     assert "guesses until the data is prepared" in plan_table(result)[1]
     with pytest.raises(ConfigError, match="16 processes of 1 rows do not divide the 24 rows"):

@@ -25,6 +25,7 @@ from cpt_rft.data.tokens import PICTURE, PromptCounter
 from cpt_rft.files import hash_tree
 from cpt_rft.prompts import user_text
 from cpt_rft.vision import VisionSpec
+from tests.helpers import easyr1
 from tests.helpers.hub.client import environment
 from tests.helpers.hub.study import Study, running_study
 from tests.helpers.tree import ROOT
@@ -180,15 +181,19 @@ json.dump(told, open(found, "w"))
 
 def test_easyr1_reads_its_export(out: Path, tmp_path: Path) -> None:
     """Rows, prompts, pictures and, after the processor expanded the pictures, the number of tokens that we count."""
-    python, base = _environment_of("easyr1"), ROOT / "cpt_rft" / "miniature" / "base"
+    base = ROOT / "cpt_rft" / "miniature" / "base"
     folder = out / "exports" / "easyr1"
     names = [f"{name}/train" for name in SEVEN] + [f"{name}/test" for name in EVERY]
     script = tmp_path / "read.py"
     script.write_text(EASYR1)
     template, found = folder / "task_direct.jinja", tmp_path / "found.json"
-    command = [str(python), "-I", str(script), str(folder), ",".join(names), str(base), str(template), str(found)]
+    command = [str(easyr1.environment() / "bin" / "python"), str(script), str(folder), ",".join(names)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"HF_HOME": str(tmp_path)}
+        [*command, str(base), str(template), str(found)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=easyr1.variables(tmp_path),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told, counter, vision = json.loads(found.read_text()), PromptCounter(base), VisionSpec.read(base)

@@ -20,9 +20,10 @@ from cpt_rft.data.example import Example
 from cpt_rft.engines.local import grpo as engine
 from cpt_rft.engines.local.advantages import token_advantages
 from cpt_rft.engines.local.generate import Completion, generate
-from cpt_rft.engines.local.grpo import GrpoObjective, policy_loss
+from cpt_rft.engines.local.grpo import GrpoObjective
 from cpt_rft.engines.local.objective import StepResult
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.losses import policy_loss
 from cpt_rft.errors import ConfigError, TrainingError
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.scoring import Score

@@ -134,10 +134,81 @@ class LlamaFactoryConfig(_Engine):
         return self
 
 
-EngineConfig = Annotated[LocalConfig | LlamaFactoryConfig, Field(discriminator="name")]
-ENGINES: Mapping[str, type[LocalConfig] | type[LlamaFactoryConfig]] = {
+class EasyR1Config(_Engine):
+    """EasyR1, run by our entry point in its own environment on Ray (docs/easyr1.md)."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"environment", "ray_address", "gpu_memory_utilization", "enforce_eager", "offload", "save_every"}
+    )
+
+    name: Literal["easyr1"]
+    """The engine: `easyr1` writes the framework's own files and starts its trainer on Ray."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of rollouts, forward and backward; what the weights are kept in is `param_dtype`."""
+    environment: str | None = None
+    """Its virtual environment; null for the one that `scripts/setup_easyr1.sh` makes."""
+    processes: Literal["auto"] | PositiveInt = "auto"
+    """GPUs a node, one worker on each; `auto` for all of this machine, or one worker without a GPU."""
+    nodes: PositiveInt = 1
+    """Machines of the Ray cluster; with several, `ray_address` must be set."""
+    ray_address: Literal["auto"] | None = None
+    """Null: a Ray that runs on this machine, else one of its own. `auto`: a running one must be there, of which this
+    machine is the head (docs/easyr1.md)."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one copy of the model while it writes; it must divide the GPUs and the model's heads."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of a GPU's memory that vLLM takes while the model writes; it is given back for the update."""
+    enforce_eager: bool = False
+    """Write without CUDA graphs: slower, less memory."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Rollouts are sampled among the likeliest tokens that reach this share together."""
+    min_pixels: PositiveInt | None = None
+    """Least area of a picture as the model sees it; null for the base checkpoint's own."""
+    max_pixels: PositiveInt | None = None
+    """Largest area of a picture as the model sees it; null for the base checkpoint's own."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the trained weights and their gradients are kept in; the other engines always take float32."""
+    optimizer: Literal["adamw", "adamw_bf16"] = "adamw"
+    """AdamW with moments as wide as the weights, or with bfloat16 moments and a correction of their rounding."""
+    offload: bool = False
+    """Keep weights and optimizer in the machine's memory while the model writes."""
+    freeze_vision_tower: bool = False
+    """Keep the vision tower as it is."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    micro_batch_update: PositiveInt = 4
+    """Completions that a GPU holds at most at once in the update; less where they do not divide its share of a step."""
+    micro_batch_experience: PositiveInt = 16
+    """The same where only log-probabilities are taken, of a whole rollout."""
+    save_every: PositiveInt = 10
+    """Rollouts between two resume points within a stage."""
+
+    @property
+    def pixel_limits(self) -> tuple[int | None, int | None]:
+        """Least and largest area of a picture, where they are not the base checkpoint's own."""
+        return self.min_pixels, self.max_pixels
+
+    @model_validator(mode="after")
+    def _ray_can_place_it(self) -> Self:
+        if ":" in self.device:
+            raise KeyedError(("device",), "Ray hands out the GPUs; write cuda, and choose by CUDA_VISIBLE_DEVICES")
+        if self.device == "cpu":
+            if self.nodes > 1 or self.processes not in ("auto", 1):
+                raise KeyedError(("processes",), "without GPUs there is one worker; write 1, and nodes: 1")
+            if self.ray_address is not None:
+                raise KeyedError(("ray_address",), "without GPUs it runs on a Ray of its own; write null")
+        elif self.nodes > 1 and self.ray_address is None:
+            raise KeyedError(("ray_address",), "with several nodes a Ray cluster must run; start it and write auto")
+        if self.device == "cuda" and self.dtype == "float32":
+            raise KeyedError(("dtype",), "the framework's attention on GPUs has no float32; write bfloat16")
+        return self
+
+
+EngineConfig = Annotated[LocalConfig | LlamaFactoryConfig | EasyR1Config, Field(discriminator="name")]
+ENGINES: Mapping[str, type[LocalConfig] | type[LlamaFactoryConfig] | type[EasyR1Config]] = {
     "local": LocalConfig,
     "llamafactory": LlamaFactoryConfig,
+    "easyr1": EasyR1Config,
 }
 
 

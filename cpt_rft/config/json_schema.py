@@ -30,10 +30,10 @@ def documents() -> dict[str, dict[str, Any]]:
     }
     for key in ("additionalProperties", "type", "minProperties"):
         experiment["properties"]["methods"].pop(key, None)
-    experiment["properties"]["engine"] = {
-        "anyOf": [{"type": "string"}, *({"$ref": f"#/$defs/{model.__name__}"} for model in ENGINES.values())],
-        "description": Experiment.model_fields["engine"].description,
-    }
+    engines = [{"type": "string"}, *({"$ref": f"#/$defs/{model.__name__}"} for model in ENGINES.values())]
+    for key, more in (("engine", []), ("rft_engine", [{"type": "null"}])):
+        text = Experiment.model_fields[key].description
+        experiment["properties"][key] = {"anyOf": [*engines, *more], "description": text}
     names = {"type": "string", "enum": [name for names in TASK_NAMES.values() for name in names]}
     experiment["properties"]["tasks"]["items"] = names
     experiment["properties"]["orders"]["items"]["items"] = names

@@ -38,7 +38,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), methods: Sequence
         if len(keys) == 1:
             document.put(keys, change)
     _expand_methods(document, path)
-    _expand_engine(document, path)
+    for key in _engine_keys(document):
+        _expand_engine(document, path, key)
     known = list(document.data["methods"])
     for name in methods:
         _known_or_refuse("method", name, known, "command line")
@@ -51,7 +52,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), methods: Sequence
             document.put(keys, change)
     for name in known:
         validate(_method_class(document, name), document.sub(("methods", name)), ("methods", name))
-    validate(_engine_class(document), document.sub(("engine",)), ("engine",))
+    for key in _engine_keys(document):
+        validate(_engine_class(document, key), document.sub((key,)), (key,))
     return validate(Experiment, document)
 
 
@@ -161,9 +163,14 @@ def _method_class(document: Document, name: str) -> type[BaseModel]:
     return METHOD_KINDS[kind]
 
 
-def _engine_class(document: Document) -> type[BaseModel]:
-    name = str(document.data["engine"].get("name"))
-    _known_or_refuse("engine", name, ENGINES, document.place(("engine", "name")))
+def _engine_keys(document: Document) -> list[str]:
+    """The keys of the engines; the second one may be absent or null."""
+    return ["engine"] if document.data.get("rft_engine") is None else ["engine", "rft_engine"]
+
+
+def _engine_class(document: Document, key: str) -> type[BaseModel]:
+    name = str(document.data[key].get("name"))
+    _known_or_refuse("engine", name, ENGINES, document.place((key, "name")))
     return ENGINES[name]
 
 
@@ -193,16 +200,16 @@ def _expand_methods(document: Document, path: Path) -> None:
     document.put(("methods",), expanded)
 
 
-def _expand_engine(document: Document, path: Path) -> None:
-    written = document.data.get("engine")
-    place = document.place(("engine",))
+def _expand_engine(document: Document, path: Path, key: str) -> None:
+    written = document.data.get(key)
+    place = document.place((key,))
     if isinstance(written, str):
         expanded = _with_base("engines", written, Document({}), path, place)
     elif isinstance(written, dict) and isinstance(written.get("name"), str):
-        expanded = _with_base("engines", written["name"], document.sub(("engine",)), path, place)
+        expanded = _with_base("engines", written["name"], document.sub((key,)), path, place)
     else:
-        raise ConfigError(f"{place}: 'engine' is missing or has no name.", "write 'engine: local'")
-    document.put(("engine",), expanded)
+        raise ConfigError(f"{place}: {key!r} is missing or has no name.", f"write '{key}: local'")
+    document.put((key,), expanded)
 
 
 def _with_base(folder: str, name: str, changes: Document, path: Path, place: str) -> Document:

@@ -3,7 +3,7 @@
 The text under a field is its help: it appears in the JSON Schema that editors read (``cpt-rft schema``).
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import PositiveInt
 
@@ -11,6 +11,7 @@ from cpt_rft.config.strict import Name, Strict
 
 Rule = Literal["drop_zero_correct", "drop_zero_variance"]
 Control = Literal["solvable", "unsolvable", "random"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class Filter(Strict):

@@ -168,6 +168,8 @@ class Experiment(Strict):
     """Methods: a list of names of configs/methods/*.yaml, or names with changes to them."""
     engine: EngineConfig
     """What trains: a name of configs/engines/*.yaml, or changes to one."""
+    rft_engine: EngineConfig | None = None
+    """What trains the methods of the kind grpo, where that is another engine; null for `engine`."""
     data: DataConfig
     """Source, seed and number of the rows."""
     evaluation: EvaluationConfig
@@ -183,9 +185,28 @@ class Experiment(Strict):
         return (self.tasks, *self.orders)
 
     @property
+    def engines(self) -> dict[str, EngineConfig]:
+        """Every engine of the experiment, by its key."""
+        return {"engine": self.engine} | ({} if self.rft_engine is None else {"rft_engine": self.rft_engine})
+
+    def engine_for(self, method: MethodConfig) -> EngineConfig:
+        """What trains a method."""
+        return self.engine if self.rft_engine is None or method.kind != "grpo" else self.rft_engine
+
+    @property
+    def cores(self) -> int:
+        """Cores that one worker keeps busy."""
+        return max(engine.cores for engine in self.engines.values())
+
+    @property
     def asked_workers(self) -> Literal["auto"] | int:
-        """Sequences side by side; one by default where the engine takes the whole machine."""
-        return 1 if self.workers == "auto" and self.engine.name != "local" else self.workers
+        """Sequences side by side; one by default where an engine takes the whole machine."""
+        outside = any(engine.name != "local" for engine in self.engines.values())
+        return 1 if self.workers == "auto" and outside else self.workers
+
+    @model_serializer(mode="wrap")
+    def _without_a_second_engine(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "rft_engine" or value is not None}
 
     @field_validator("tasks", "seeds")
     @classmethod

@@ -147,10 +147,10 @@ def sharegpt_record(row: Example, pictures: Sequence[bytes], target: Path, prese
     """A row as LLaMA-Factory reads it; its pictures are written below ``target`` unless they are there."""
     question = {"role": "user", "content": user_text(row, style, preset)}
     answer = {"role": "assistant", "content": target_text(row, style)}
-    return {"id": row.id, "messages": [question, answer], "images": [_media(data, target) for data in pictures]}
+    return {"id": row.id, "messages": [question, answer], "images": [write_picture(data, target) for data in pictures]}
 
 
-def _media(data: bytes, target: Path) -> str:
+def write_picture(data: bytes, target: Path) -> str:
     """Write a picture, unless it is there; returns its name below the target."""
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"{_MEDIA}/{sha256[:2]}/{sha256}{_SUFFIXES.get(data[:2], '.bin')}"

@@ -98,6 +98,7 @@ class StepLog:
         entropy: Mean entropy of the policy a completion token, in nats.
         rollout_gap: Largest difference between a token's log-probability in the rollout and in the update.
         rollout_gap_mean: Mean of that difference.
+        unscored: Completions whose scoring failed for a reason that is no one's answer; they earned nothing.
         rounded_groups: Groups of equal rewards with an advantage that is not zero by rounding (`paper_rounding`).
         shown: Mean tokens of the target that were shown a prompt (UFT, Prefix-RFT).
         difficulty: Target difficulty of the step (AdaRFT).
@@ -110,6 +111,8 @@ class StepLog:
             step of a stage and every twentieth after it.
         grad_norm_mixed: The same of the groups with right and wrong completions.
         grad_norm_wrong: The same of the all-wrong groups.
+        memory_bytes: The most that the process held since the stage began: of the GPU's memory, else of the machine's.
+        energy_joules: Energy of the step by the counter of the GPU or of the processor; none where it cannot be read.
     """
 
     step: int
@@ -130,6 +133,7 @@ class StepLog:
     entropy: float | None = None
     rollout_gap: float | None = None
     rollout_gap_mean: float | None = None
+    unscored: int | None = None
     rounded_groups: int | None = None
     shown: float | None = None
     difficulty: float | None = None
@@ -141,6 +145,8 @@ class StepLog:
     grad_norm_right: float | None = None
     grad_norm_mixed: float | None = None
     grad_norm_wrong: float | None = None
+    memory_bytes: int | None = None
+    energy_joules: float | None = None
 
     def line(self) -> str:
         """The line of the log, without its newline."""
@@ -171,6 +177,10 @@ def get_engine(config: EngineConfig) -> Engine:
         from cpt_rft.engines.llamafactory.engine import LlamaFactoryEngine
 
         return LlamaFactoryEngine()
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.engine import EasyR1Engine
+
+        return EasyR1Engine()
     from cpt_rft.engines.local.train import LocalEngine
 
     return LocalEngine()
@@ -182,6 +192,26 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
         from cpt_rft.engines.llamafactory.engine import resolve as resolve_llamafactory
 
         return resolve_llamafactory(config)
+    if config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import resolve as resolve_easyr1
+
+        return resolve_easyr1(config)
     from cpt_rft.engines.local.runtime import resolve
 
     return resolve(config)
+
+
+def check_environment(config: EngineConfig) -> None:
+    """Find the environment that the engine trains in; one that trains in this process has none.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    from cpt_rft.engines.environment import find_environment
+
+    if config.name == "llamafactory":
+        find_environment(config.name, config.environment)
+    elif config.name == "easyr1":
+        from cpt_rft.engines.easyr1.machine import environment_of
+
+        environment_of(config)

@@ -23,12 +23,13 @@ def lock_of(framework: str) -> Path:
     return LOCKS / f"{framework}.lock"
 
 
-def find_environment(framework: str, named: str | None) -> Path:
+def find_environment(framework: str, named: str | None, *, lock: str | None = None) -> Path:
     """The environment of a framework.
 
     Args:
         framework: Its name.
         named: What the configuration says; none for the environment that the set-up script makes.
+        lock: Name of its lock, where the framework has several; none for its own name.
 
     Raises:
         ConfigError: There is none.
@@ -37,7 +38,8 @@ def find_environment(framework: str, named: str | None) -> Path:
         path = Path(named).expanduser().absolute()
     else:
         root = Path(os.environ.get("CPT_RFT_ENVS") or REPOSITORY / ".envs")
-        path = root.absolute() / f"{framework}-{hashlib.sha256(lock_of(framework).read_bytes()).hexdigest()[:12]}"
+        lock = lock or framework
+        path = root.absolute() / f"{lock}-{hashlib.sha256(lock_of(lock).read_bytes()).hexdigest()[:12]}"
     if not (path / "bin" / "python").exists() or (named is None and not (path / "ready").is_file()):
         raise ConfigError(
             f"The environment of {framework} is not at {path}.",

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpt_rft.config.methods import MethodConfig
 from cpt_rft.config.rollouts import Filter
 from cpt_rft.data.example import Example
-from cpt_rft.errors import DataError
-from cpt_rft.files import read_json
+from cpt_rft.errors import ConfigError, DataError
+from cpt_rft.files import read_json, read_json_lines
 from cpt_rft.prompts import ROLLOUTS_OF
 from cpt_rft.seeds import python_random
 
 KEPT_NAME = "kept.json"
+TRIES_NAME = "rollouts.jsonl"  # of the work directory; among the artefacts without its first line
 
 
 class Tried(NamedTuple):
@@ -77,6 +79,11 @@ def read_kept(artefacts: Path) -> list[dict[str, Any]]:
     ]
 
 
+def has_texts(artefacts: Path) -> bool:
+    """Whether the texts of the tries are among what a stage left."""
+    return any("texts" in line for line in read_json_lines(artefacts / TRIES_NAME)[:1])
+
+
 def refuse_nothing(tasks: Sequence[str], kept: Sequence[Example], why: str, fix: str) -> None:
     """A stage must have something to train on.
 
@@ -85,3 +92,16 @@ def refuse_nothing(tasks: Sequence[str], kept: Sequence[Example], why: str, fix:
     """
     if not kept:
         raise DataError(f"{' + '.join(tasks)}: {why}, so there is nothing to train on.", fix)
+
+
+def refuse_no_filter(method: MethodConfig) -> None:
+    """A method must have a filter to be tried ahead of its training.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if method.filter is None:
+        raise ConfigError(
+            f"The method {method.name} has no filter, so it trains on all rows.",
+            f"name one that has, or give it one: methods.{method.name}.filter='{{rule: drop_zero_correct}}'",
+        )

@@ -4,37 +4,21 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from cpt_rft.config.engine import LlamaFactoryConfig
+from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig
 from cpt_rft.config.load import find_directory
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
+from cpt_rft.sequence.doctor_easyr1 import easyr1_parts
+from cpt_rft.sequence.finding import Finding, compare_with_lock
 from cpt_rft.sequence.plan import Selection
-from cpt_rft.sequence.sizes import measured
+from cpt_rft.sequence.sizes import gib, measured
 from cpt_rft.sequence.status import plan
 
 SHARED_BYTES = 1 << 30  # what data loaders and NCCL of one machine want of /dev/shm
-Word = Literal["ok", "warning", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: The thing.
-        word: Whether it will do.
-        text: What was found.
-        fix: What to do about it; empty where it is fine.
-    """
-
-    what: str
-    word: Word
-    text: str
-    fix: str = ""
 
 
 def examine(experiment: Experiment, selection: Selection) -> list[Finding]:
@@ -46,14 +30,13 @@ def examine(experiment: Experiment, selection: Selection) -> list[Finding]:
         "data": lambda: _data(experiment),
         "disk": lambda: _disk(experiment, selection),
     }
-    engine = experiment.engine
-    if isinstance(engine, LlamaFactoryConfig):
-        parts |= {
-            "environment": lambda: _environment(engine),
-            "GPUs": lambda: _gpus(engine, base),
-            "shared memory": lambda: _shared(engine),
-            "port": lambda: _port(engine),
-        }
+    chains = selection.chains(experiment, Path(experiment.output))
+    for engine in experiment.engines.values():
+        own = [chain for chain in chains if experiment.engine_for(chain.method) is engine]
+        if own and isinstance(engine, LlamaFactoryConfig):
+            parts |= _llamafactory(engine, base)
+        elif own and isinstance(engine, EasyR1Config):
+            parts |= easyr1_parts(engine, own, base)
     found: list[Finding] = []
     for what, look in parts.items():
         try:
@@ -133,7 +116,7 @@ def _data(experiment: Experiment) -> Iterator[Finding]:
 def _disk(experiment: Experiment, selection: Selection) -> Iterator[Finding]:
     result = plan(experiment, selection)
     needed, free = result["disk_peak_bytes"], result["disk_free_bytes"]
-    text = f"about {_gib(needed)} at the peak, {_gib(free)} free in {experiment.output}"
+    text = f"about {gib(needed)} at the peak, {gib(free)} free in {experiment.output}"
     if needed > free:
         yield Finding(
             "disk", "problem", text, "free some, choose another place with output=DIRECTORY, or fewer methods"
@@ -142,22 +125,22 @@ def _disk(experiment: Experiment, selection: Selection) -> Iterator[Finding]:
         yield Finding("disk", "ok", text)
 
 
+def _llamafactory(engine: LlamaFactoryConfig, base: Path) -> dict[str, Callable[[], Iterator[Finding]]]:
+    """What LLaMA-Factory needs, by name."""
+    return {
+        "environment": lambda: _environment(engine),
+        "GPUs": lambda: _gpus(engine, base),
+        "shared memory": lambda: _shared(engine),
+        "port": lambda: _port(engine),
+    }
+
+
 def _environment(engine: LlamaFactoryConfig) -> Iterator[Finding]:
-    from cpt_rft.engines.environment import find_environment, installed_versions, locked_versions
+    from cpt_rft.engines.environment import find_environment, installed_versions
 
     place = find_environment("llamafactory", engine.environment)
-    there, locked = installed_versions(place), locked_versions("llamafactory")
-    differ = [
-        f"{name} {there.get(name, 'missing')} instead of {version}"
-        for name, version in locked.items()
-        if there.get(name, "").partition("+")[0] != version
-    ]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        fix = "delete it and run 'bash scripts/setup_llamafactory.sh', unless you mean to use these"
-        yield Finding("environment", "warning", f"{place}: {', '.join(differ[:3])}{more}.", fix)
-    else:
-        yield Finding("environment", "ok", f"{place}: all {len(locked)} packages as locked")
+    yield from compare_with_lock("environment", "llamafactory", "llamafactory", place)
+    there = installed_versions(place)
     if engine.attention == "fa2" and "flash-attn" not in there:
         yield Finding("environment", "problem", "flash-attn is not installed.", "install it there, or attention=sdpa")
     if engine.ray and "ray" not in there:
@@ -177,7 +160,7 @@ def _gpus(engine: LlamaFactoryConfig, base: Path) -> Iterator[Finding]:
         return
     have = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     need = state_bytes(resolved, Shape.read(base))[0] if base.is_dir() else 0
-    text = f"{resolved.processes} processes; {_gib(have)} a GPU, about {_gib(need)} of it for weights and optimizer"
+    text = f"{resolved.processes} processes; {gib(have)} a GPU, about {gib(need)} of it for weights and optimizer"
     if need > have:
         yield Finding("GPUs", "problem", text, "use engine.deepspeed=zero3 or zero3_offload, or more GPUs")
     else:
@@ -192,10 +175,10 @@ def _shared(engine: LlamaFactoryConfig) -> Iterator[Finding]:
     many = engine.processes != 1 or engine.workers_a_process
     if many and free < SHARED_BYTES:
         yield Finding(
-            "shared memory", "problem", f"{_gib(free)} free in {place}.", "start the container with --shm-size=16g"
+            "shared memory", "problem", f"{gib(free)} free in {place}.", "start the container with --shm-size=16g"
         )
     else:
-        yield Finding("shared memory", "ok", f"{_gib(free)} free in {place}")
+        yield Finding("shared memory", "ok", f"{gib(free)} free in {place}")
 
 
 def _port(engine: LlamaFactoryConfig) -> Iterator[Finding]:
@@ -211,7 +194,3 @@ def _port(engine: LlamaFactoryConfig) -> Iterator[Finding]:
             yield Finding("port", "problem", f"MASTER_PORT {port} is taken or no port.", "export another one")
             return
     yield Finding("port", "ok", f"MASTER_PORT {port} is free here")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

@@ -40,6 +40,7 @@ class Job:
         train: Whether to train what is missing.
         evaluate: Whether to score what is not scored.
         measure: Whether to make the measurements that the experiment asks for.
+        tries: Whether to make only the tries of a filter: for their counts, or with all texts.
         after: Label of the job that must end before this one starts, if it is to be done at all.
     """
 
@@ -51,6 +52,7 @@ class Job:
     train: bool = True
     evaluate: bool = True
     measure: bool = True
+    tries: Literal["no", "counts", "texts"] = "no"
     after: str = ""
 
     @classmethod
@@ -66,7 +68,9 @@ class Job:
         """The job of doing some stages of a chain."""
         names = tuple(state.stage.name for state in states)
         after = chain.source.label if train and chain.source is not None else ""
-        return cls("chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, measure, after)
+        return cls(
+            "chain", chain.method.name, chain.order_index, chain.seed, names, train, evaluate, measure, after=after
+        )
 
     @property
     def label(self) -> str:
@@ -112,7 +116,7 @@ class Meter:
 
 
 def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
-    """Check the base checkpoint; return the engine's configuration with ``auto`` replaced by what is there.
+    """Check the base checkpoint; return each engine's configuration with ``auto`` replaced by what is there.
 
     Raises:
         ConfigError: Pictures would be scored in other sizes than they are trained in.
@@ -124,14 +128,18 @@ def preflight(experiment: Experiment, base: Path) -> dict[str, Any]:
     from eval.contract import asked_vision
 
     verify_checkpoint(base)
-    trained = VisionSpec.read(base).with_limits(*experiment.engine.pixel_limits)
     scored = asked_vision(base, experiment.evaluation)
-    if trained != scored:
-        raise ConfigError(
-            f"Training follows the files of {base}, scoring would not: {'; '.join(spec_differences(trained, scored))}.",
-            "set evaluation.min_pixels and evaluation.max_pixels to the base's, or to null",
-        )
-    return dump(resolve_engine(experiment.engine))
+    for key, engine in experiment.engines.items():
+        trained = VisionSpec.read(base).with_limits(*engine.pixel_limits)
+        if trained != scored:
+            limits = f"{key}.min_pixels={scored.min_pixels} {key}.max_pixels={scored.max_pixels}"
+            raise ConfigError(
+                f"{key} trains on pictures of other sizes than are scored:"
+                f" {'; '.join(spec_differences(trained, scored))}.",
+                "set evaluation.min_pixels and evaluation.max_pixels to what every engine trains on (null: the base's)"
+                + (f", or give {limits}" if engine.name != "local" else ""),
+            )
+    return {key: dump(resolve_engine(engine)) for key, engine in experiment.engines.items()}
 
 
 def do_job(directory: Path, job: Job, emit: Emit) -> None:
@@ -173,6 +181,9 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
     from cpt_rft.sequence.measure import measure_stage
     from cpt_rft.sequence.stages import evaluate_stage, train_stage
 
+    if job.tries != "no":
+        _do_tries(run, chain, job, todo, emit)
+        return
     training = {state.stage.name: training_cost(run.experiment, chain.method, state.stage) for state in todo}
     scoring = evaluation_cost(run.experiment)
     parts = [training[state.stage.name] for state in todo if job.train and state.manifest is None]
@@ -189,7 +200,10 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
             def report(line: StepLog, cost: Cost = cost, where: str = where) -> None:
                 meter.at(cost, line.step, line.steps, f"{where} step {line.step}/{line.steps} {_gist(line)}")
 
-            manifest = train_stage(run, chain, stage, state.identity, report)
+            def tick(done: int, total: int, cost: Cost = cost, where: str = where) -> None:
+                meter.at(cost, 0, 1, f"{where} trying row {done}/{total}")
+
+            manifest = train_stage(run, chain, stage, state.identity, report, tick)
             meter.finish(cost, f"{where} trained")
         if job.evaluate and not state.evaluated:
             if manifest is None:
@@ -210,6 +224,20 @@ def _do_chain(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
 
             measure_stage(run, chain, stage, manifest, measured)
             meter.finish(cost, f"{where} measured")
+
+
+def _do_tries(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Emit) -> None:
+    from cpt_rft.sequence.stages import filter_stage
+
+    for state in todo:
+        cost = training_cost(run.experiment, chain.method, state.stage)
+        meter = Meter(emit, [cost])
+
+        def tick(done: int, total: int, cost: Cost = cost, meter: Meter = meter) -> None:
+            meter.at(cost, done, total, f"trying row {done}/{total}")
+
+        filter_stage(run, chain, state.stage, state.identity, tick, keep_text=job.tries == "texts")
+        meter.finish(cost, "tried")
 
 
 def _gist(line: StepLog) -> str:

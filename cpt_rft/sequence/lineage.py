@@ -110,7 +110,7 @@ def stage_identity(run: Run, chain: Chain, stage: StagePlan, parent: str, source
         "tasks": [earlier.name for earlier in chain.stages[: stage.index]],
         "data": {task: run.data.hashes[f"{task}/train"] for task in stage.tasks},
         "method": dump(chain.method),
-        "engine": experiment.engine.identity(),
+        "engine": experiment.engine_for(chain.method).identity(),
         "prompt_preset": experiment.data.prompt_preset,
         "seed": chain.seed,
         "seed_path": [experiment.name, chain.method.name, chain.seed, stage.name],

@@ -1,27 +1,48 @@
-"""What a plan says about an engine with a command of its own: that command, memory and disk."""
+"""What a plan says about engines with a command of their own: that command, memory and disk."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.config.engine import LlamaFactoryConfig
+from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
+from cpt_rft.sequence.native_easyr1 import easyr1_lines, easyr1_plan
 from cpt_rft.sequence.plan import Chain
+from cpt_rft.sequence.sizes import gib
 
 Json = dict[str, Any]
 
 
-def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> Json:
-    """The native command of every stage, and what one stage takes; empty for the engine ``local``.
+def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> dict[str, Json]:
+    """By engine, the native command of every stage, and what one stage takes; nothing for the engine ``local``.
 
     Raises:
-        ConfigError: The processes do not divide the rows of a step, or a method is not supervised.
+        ConfigError: An engine cannot train a method, or not with so many processes.
     """
-    engine = experiment.engine
-    if not isinstance(engine, LlamaFactoryConfig):
-        return {}
+    result: dict[str, Json] = {}
+    for engine in experiment.engines.values():
+        own = [chain for chain in chains if experiment.engine_for(chain.method) is engine]
+        if own and isinstance(engine, LlamaFactoryConfig):
+            result[engine.name] = _llamafactory(engine, own, base)
+        elif own and isinstance(engine, EasyR1Config):
+            result[engine.name] = easyr1_plan(experiment, engine, own, base)
+    return result
+
+
+def native_lines(native: Mapping[str, Json]) -> Iterator[str]:
+    """The same for the terminal."""
+    if "llamafactory" in native:
+        yield from _llamafactory_lines(native["llamafactory"])
+    if "easyr1" in native:
+        yield from easyr1_lines(native["easyr1"])
+    for plan in native.values():
+        for stage, command in plan["commands"].items():
+            yield f"{stage}: {command}"
+
+
+def _llamafactory(engine: LlamaFactoryConfig, chains: Sequence[Chain], base: Path) -> Json:
     from cpt_rft.engines.environment import find_environment
     from cpt_rft.engines.llamafactory.engine import planned, supported_method
     from cpt_rft.engines.llamafactory.native import accumulation, shown, world
@@ -29,7 +50,7 @@ def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> 
     engine = planned(engine)
     methods = {chain.method.name: supported_method(chain.method) for chain in chains}
     try:
-        environment = str(find_environment("llamafactory", engine.environment))
+        environment = str(find_environment(engine.name, engine.environment))
     except UserError as error:
         environment = f"missing: {error.fix}"
     result: Json = {
@@ -37,7 +58,7 @@ def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> 
         "processes": world(engine),
         "gradient_accumulation": {name: accumulation(engine, method) for name, method in methods.items()},
         "commands": {
-            f"{chain.label} {stage.index}_{stage.name}": shown(engine, stage.partial / "llamafactory")
+            f"{chain.label} {stage.index}_{stage.name}": shown(engine, stage.partial / engine.name)
             for chain in chains
             for stage in chain.stages
         },
@@ -63,22 +84,13 @@ def _sizes(engine: LlamaFactoryConfig, methods: Mapping[str, SftMethod], base: P
     }
 
 
-def native_lines(native: Json) -> Iterator[str]:
-    """The same for the terminal."""
-    if not native:
-        return
+def _llamafactory_lines(native: Json) -> Iterator[str]:
     shares = ", ".join(f"{name} {count}" for name, count in native["gradient_accumulation"].items())
     yield f"LLaMA-Factory: {native['processes']} processes, gradient accumulation {shares}; {native['environment']}"
     if "weights" in native:
         state, activation = native["gpu_state_bytes"], native["gpu_activation_bytes"]
         yield (
-            f"memory a GPU: about {_gib(state)} for weights, gradients and optimizer (DeepSpeed's own estimate) and at"
-            f" most {_gib(activation)} for activations (rows of engine.cutoff_len);"
-            f" memory a machine: about {_gib(native['machine_state_bytes'])}"
+            f"memory a GPU: about {gib(state)} for weights, gradients and optimizer (DeepSpeed's own estimate) and at"
+            f" most {gib(activation)} for activations (rows of engine.cutoff_len);"
+            f" memory a machine: about {gib(native['machine_state_bytes'])}"
         )
-    for stage, command in native["commands"].items():
-        yield f"{stage}: {command}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

@@ -1,8 +1,8 @@
-"""The verbs that change a run directory: prepare, run, train, evaluate, report."""
+"""The verbs that change a run directory: prepare, run, filter, train, evaluate, report."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from cpt_rft.config.engine import EngineConfig, parse_engine
 from cpt_rft.config.load import dump
 from cpt_rft.config.schema import Experiment
 from cpt_rft.data.prepare import PreparedData, check_prepared, prepare
+from cpt_rft.engines.base import ARTEFACTS_NAME, check_environment
 from cpt_rft.errors import StageError
 from cpt_rft.files import DirectoryLock, discard_directory, explain_os_error, read_json, sha256_json, write_json_atomic
 from cpt_rft.manifest import code_sha256
+from cpt_rft.methods.instances import KEPT_NAME, has_texts, refuse_no_filter
 from cpt_rft.progress import make_display
 from cpt_rft.sequence.job import Job
 from cpt_rft.sequence.lineage import StageState, first_problem, is_evaluated, survey
@@ -21,6 +23,7 @@ from cpt_rft.sequence.plan import Chain, Selection, StagePlan, evaluation_cost, 
 from cpt_rft.sequence.pool import Pool, worker_count
 from cpt_rft.sequence.rundir import Run, locked_data, make_directory, make_run
 from eval.meters import METERS
+from eval.runs import MATCHING_NAME
 
 STAMP_NAME = ".report.json"
 Say = Callable[[str], None]
@@ -57,13 +60,22 @@ class Session:
         """Do jobs, the longest first."""
         if not jobs:
             return
+        for job in jobs:
+            self._check_environment(job)
         work = {job.label: _work(self.run, job) for job in jobs}
         experiment = self.run.experiment
         size = sum(record.size for record in self.run.base.files.values())
-        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.engine.cores, size)
+        workers = worker_count(self.asked.asked_workers, len(jobs), experiment.cores, size)
         ordered = sorted(jobs, key=lambda job: -work[job.label])
         with make_display(work) as display:
             self.pool.run(ordered, workers, display)
+
+    def _check_environment(self, job: Job) -> None:
+        """Refuse to start what could not train when its time comes, after hours of scoring."""
+        if job.kind == "chain" and job.train:
+            chain = job.chain(self.run)
+            if any(stage.name in job.stages and not stage.directory.exists() for stage in chain.stages):
+                check_environment(self.run.experiment.engine_for(chain.method))
 
 
 @contextmanager
@@ -79,10 +91,10 @@ def open_session(asked: Experiment, say: Say, *, debug: bool = False) -> Iterato
         with DirectoryLock(directory) as lock:
             pool = Pool(directory, asked.engine.threads, lock.descriptor, debug=debug)
 
-            def preflight(experiment: Experiment, base: Path) -> EngineConfig:
+            def preflight(experiment: Experiment, base: Path) -> dict[str, EngineConfig]:
                 say(f"checking {base} and this machine")
                 order = {"preflight": dump(experiment), "base": str(base)}
-                return parse_engine(pool.ask(order))
+                return {key: parse_engine(engine) for key, engine in pool.ask(order).items()}
 
             run = make_run(directory, asked, preflight, lambda name: say(f"drawing {name}"))
             yield Session(run, asked, pool, say)
@@ -147,6 +159,32 @@ def train_one(session: Session, method: str, task: str, order: int, seed: int) -
     if state.manifest is None:
         session.execute([Job.of(chain, [state], evaluate=False, measure=False)])
     return state.stage
+
+
+def filter_one(
+    session: Session, method: str, task: str, order: int, seed: int, *, keep_text: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Try the rows of one stage whose parent is there, and nothing else; what a trained stage left is read.
+
+    Returns:
+        The directory of the tries, and what they left: who tried, counts by task, ids.
+
+    Raises:
+        UserError: Its method has no filter, its parent is missing, or the texts of a trained stage are asked for.
+    """
+    chain, state = _find(session, method, task, order, seed)
+    refuse_no_filter(chain.method)
+    if state.manifest is None:
+        job = Job.of(chain, [state], train=False, evaluate=False, measure=False)
+        session.execute([replace(job, tries="texts" if keep_text else "counts")])
+        return state.stage.partial, read_json(state.stage.partial / KEPT_NAME)
+    left = state.stage.directory / ARTEFACTS_NAME
+    if keep_text and not has_texts(left):
+        raise StageError(
+            f"{state.stage.directory} is trained, and the texts of its tries were not kept.",
+            f"ask for them before it is trained, or remove {state.stage.directory}",
+        )
+    return left, read_json(left / KEPT_NAME)
 
 
 def evaluate_one(session: Session, method: str, task: str, order: int, seed: int) -> StagePlan:
@@ -221,6 +259,7 @@ def _report_inputs(run: Run) -> list[Any]:
         *(read_json(path).get("key") for path in meters),
         dump(run.experiment),
         *(read_json(path) for path in [*notes, run.base_directory / "eval" / "evaluation.json"]),
+        *(read_json(path) for path in run.directory.glob(MATCHING_NAME)),
     ]
 
 
@@ -260,5 +299,7 @@ def _work(run: Run, job: Job) -> float:
     scoring = evaluation_cost(run.experiment).work * job.evaluate
     stages = [stage for stage in chain.stages if stage.name in job.stages]
     measuring = sum(measuring_cost(run.experiment, chain, stage).work for stage in stages) * job.measure
-    training = sum(training_cost(run.experiment, chain.method, stage).work for stage in stages) * job.train
+    training = sum(training_cost(run.experiment, chain.method, stage).work for stage in stages) * (
+        job.train or job.tries != "no"
+    )
     return scoring * len(stages) + training + measuring

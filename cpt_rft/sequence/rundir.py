@@ -1,7 +1,7 @@
 """A run directory: its configuration, the base checkpoint and the data that it was made with."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cpt_rft.manifest import check_checkpoint, differences
 CONFIG_NAME = "config.json"
 # These can change between two starts of one run: they decide where and how fast, not what.
 _FREE = frozenset({"output", "workers", "base_model"}) | {
-    f"engine.{key}" for engine in ENGINES.values() for key in engine.FREE
+    f"{place}.{key}" for place in ("engine", "rft_engine") for engine in ENGINES.values() for key in engine.FREE
 }
 
 
@@ -113,7 +113,7 @@ def read_run(directory: Path, experiment: Experiment | None = None) -> Run:
 def make_run(
     directory: Path,
     asked: Experiment,
-    preflight: Callable[[Experiment, Path], EngineConfig],
+    preflight: Callable[[Experiment, Path], Mapping[str, EngineConfig]],
     progress: Callable[[str], None],
 ) -> Run:
     """Open a run directory for writing: make what is missing, refuse what differs.
@@ -121,7 +121,7 @@ def make_run(
     Args:
         directory: The run directory; it exists and is locked.
         asked: The experiment as the user gave it.
-        preflight: Checks the base checkpoint and resolves ``auto`` values of the engine; called only for a new run.
+        preflight: Checks the base checkpoint and resolves ``auto`` values of the engines; called only for a new run.
         progress: Told the name of every split that is being drawn.
 
     Raises:
@@ -134,7 +134,7 @@ def make_run(
     else:
         base = find_directory(asked.base_model)
         _refuse_missing_base(base)
-        merged = asked.model_copy(update={"engine": preflight(asked, base)})
+        merged = asked.model_copy(update=dict(preflight(asked, base)))
         base_path.parent.mkdir(exist_ok=True)
         write_json_atomic(base_path, {"directory": asked.base_model, "files": hash_tree(base)})
     text = json.dumps(dump(merged), indent=2) + "\n"
@@ -155,9 +155,11 @@ def merge(stored: Experiment, asked: Experiment, directory: Path) -> Experiment:
         StageError: Anything else differs; both values are shown.
     """
     there, new = dump(stored), dump(asked)
-    for key, value in new["engine"].items():
-        if value == "auto" and key in there["engine"]:  # it was resolved when the directory was made
-            new["engine"][key] = there["engine"][key]
+    for place in asked.engines:
+        resolved = there.get(place, {})
+        for key, value in new[place].items():
+            if value == "auto" and key in resolved:  # it was resolved when the directory was made
+                new[place][key] = resolved[key]
     grown: dict[str, Any] = {
         "methods": {**there["methods"], **new["methods"]},
         "seeds": [*there["seeds"], *(seed for seed in new["seeds"] if seed not in there["seeds"])],

@@ -1,4 +1,4 @@
-"""Rows of the tasks of an experiment and their length: measured where they are prepared, else guessed."""
+"""Rows of the tasks of an experiment and their length: measured where they are prepared, else guessed; and bytes."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,6 +9,15 @@ from cpt_rft.config.schema import DataConfig
 from cpt_rft.data.index import INDEX_NAME
 
 PROMPT_TOKENS = 48  # of a row of the miniature
+
+
+def gib(size: int) -> str:
+    """Bytes for a reader.
+
+    >>> gib(3 << 29)
+    '1.5 GiB'
+    """
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def rows_and_tokens(config: DataConfig, tasks: Sequence[str], split: str, asked: int) -> tuple[int, int]:

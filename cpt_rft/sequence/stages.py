@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_rft.checkpoint import verify_checkpoint
-from cpt_rft.engines.base import ARTEFACTS_NAME, Stage, StepLog, get_engine
+from cpt_rft.engines.base import ARTEFACTS_NAME, EarlierStage, Source, Stage, StepLog, get_engine
 from cpt_rft.errors import CheckpointError, UserError
 from cpt_rft.files import hash_tree, publish_directory, read_json, read_json_lines, sha256_json, write_json_atomic
 from cpt_rft.manifest import (
@@ -25,15 +25,29 @@ from cpt_rft.sequence.lineage import EVALUATION_NAME, evaluation_key
 from cpt_rft.sequence.plan import Chain, StagePlan
 from cpt_rft.sequence.rundir import Run
 from cpt_rft.sequence.source import source_of
+from cpt_rft.sequence.tries import try_rows
 from eval.harness import evaluate_checkpoint
 
 BEGUN_NAME = "begun.json"
 
 
 def train_stage(
-    run: Run, chain: Chain, stage: StagePlan, identity: dict[str, Any], report: Callable[[StepLog], None]
+    run: Run,
+    chain: Chain,
+    stage: StagePlan,
+    identity: dict[str, Any],
+    report: Callable[[StepLog], None],
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Train a stage, or go on with it, and publish it.
+
+    Args:
+        run: The run directory.
+        chain: The chain.
+        stage: The stage.
+        identity: What decides its weights.
+        report: Told every step.
+        tick: Told the rows that are tried before training, and how many there are.
 
     Raises:
         CheckpointError: Its parent is not there or not what was published.
@@ -45,23 +59,10 @@ def train_stage(
     source, source_sha256 = source_of(run, chain, stage, parent, parent_sha256)
     if not _is_ready(stage.partial, identity):
         begun = _begin(stage.partial, identity)
-        for task in stage.tasks:
-            check_rows(run, task)
-        work = Stage(
-            directory=stage.partial,
-            parent=parent,
-            base=run.base.directory,
-            tasks=stage.tasks,
-            data=tuple(run.data.path(task, "train") for task in stage.tasks),
-            method=chain.method,
-            engine=run.experiment.engine,
-            prompt_preset=run.experiment.data.prompt_preset,
-            seed=chain.seed,
-            seed_path=tuple(identity["seed_path"]),
-            history=history,
-            source=None if chain.method.knows_its_rows else source,
-        )
-        get_engine(run.experiment.engine).train(work, report)
+        work = _work(run, chain, stage, identity, parent, history, source)
+        if work.method.filter is not None and (work.engine.name != "local" or work.engine.processes == 1):
+            try_rows(work, tick)
+        get_engine(work.engine).train(work, report)
         verify_checkpoint(stage.partial / "checkpoint")
         provenance = make_provenance(
             stage.partial / "checkpoint",
@@ -77,6 +78,56 @@ def train_stage(
     (stage.partial / BEGUN_NAME).unlink(missing_ok=True)
     publish_directory(stage.partial, stage.directory)
     return read_manifest(stage.directory)
+
+
+def filter_stage(
+    run: Run,
+    chain: Chain,
+    stage: StagePlan,
+    identity: dict[str, Any],
+    progress: Callable[[int, int], None],
+    *,
+    keep_text: bool,
+) -> None:
+    """Make the tries of a stage, or go on with them, and nothing else: `train_stage` then goes on from there.
+
+    Raises:
+        CheckpointError: Its parent is not there or not what was published.
+        DataError: Its rows are not those that were prepared, or the tries leave none of them.
+    """
+    parent, parent_sha256 = parent_of(run, chain, stage)
+    source, _ = source_of(run, chain, stage, parent, parent_sha256)
+    _begin(stage.partial, identity)
+    work = _work(run, chain, stage, identity, parent, history_of(run, chain, stage), source)
+    try_rows(work, progress, keep_text=keep_text)
+
+
+def _work(
+    run: Run,
+    chain: Chain,
+    stage: StagePlan,
+    identity: dict[str, Any],
+    parent: Path,
+    history: tuple[EarlierStage, ...],
+    source: Source | None,
+) -> Stage:
+    """The stage as an engine takes it, its rows checked."""
+    for task in stage.tasks:
+        check_rows(run, task)
+    return Stage(
+        directory=stage.partial,
+        parent=parent,
+        base=run.base.directory,
+        tasks=stage.tasks,
+        data=tuple(run.data.path(task, "train") for task in stage.tasks),
+        method=chain.method,
+        engine=run.experiment.engine_for(chain.method),
+        prompt_preset=run.experiment.data.prompt_preset,
+        seed=chain.seed,
+        seed_path=tuple(identity["seed_path"]),
+        history=history,
+        source=None if chain.method.knows_its_rows else source,
+    )
 
 
 def evaluate_stage(

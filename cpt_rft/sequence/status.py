@@ -29,16 +29,17 @@ def plan(experiment: Experiment, selection: Selection) -> Json:
     chains = selection.chains(experiment, directory)
     base = find_directory(experiment.base_model)
     size = sum((base / name).stat().st_size for name in list_tree(base)) if base.is_dir() else 0
-    workers = worker_count(experiment.asked_workers, len(chains), experiment.engine.cores, size)
+    workers = worker_count(experiment.asked_workers, len(chains), experiment.cores, size)
     existing = next(path for path in [directory.absolute(), *directory.absolute().parents] if path.exists())
     keys = ("chain", "stage", "parent", "rows", "steps", "tokens")
     outside = native_plan(experiment, chains, base)
+    work = max((engine["work_bytes"] for engine in outside.values() if "work_bytes" in engine), default=None)
     return {
         "experiment": experiment.name,
         "output": experiment.output,
         "base_model": str(base) if base.is_dir() else f"{base} (missing)",
         "workers": workers,
-        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, outside.get("work_bytes")),
+        "disk_peak_bytes": disk_bytes(experiment, chains, size, workers, work),
         "disk_free_bytes": shutil.disk_usage(existing).free,
         "at_most": sorted({chain.method.name for chain in chains if not chain.method.knows_its_rows}),
         "guessed": not measured(experiment.data, experiment.tasks),

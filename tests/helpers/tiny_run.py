@@ -77,8 +77,8 @@ class Tiny:
         """Make the run directory in this process."""
         self.directory.mkdir(exist_ok=True)
 
-        def resolve(experiment: Experiment, base: Path) -> EngineConfig:
-            return parse_engine(preflight(experiment, base))
+        def resolve(experiment: Experiment, base: Path) -> dict[str, EngineConfig]:
+            return {key: parse_engine(engine) for key, engine in preflight(experiment, base).items()}
 
         make_run(self.directory, self.experiment(), resolve, lambda name: None)
 
@@ -116,7 +116,7 @@ def content(directory: Path) -> dict[str, str]:
             continue
         if path.name == "log.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            prints[name] = json.dumps([{**line, "seconds": 0} for line in lines])
+            prints[name] = json.dumps([unmeasured(line) for line in lines])
         elif path.name == "manifest.json":
             manifest = json.loads(path.read_text())
             weights = [manifest["provenance"][key] for key in ("parent_sha256", "files")]
@@ -131,6 +131,11 @@ def content(directory: Path) -> dict[str, str]:
         else:
             prints[name] = sha256_file(path)
     return prints
+
+
+def unmeasured(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a training log without what a second run does not repeat."""
+    return {key: value for key, value in line.items() if key not in ("seconds", "memory_bytes", "energy_joules")}
 
 
 def _without_times(value: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt_rft.checkpoint import stored_shapes
-from cpt_rft.config.engine import LlamaFactoryConfig
+from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig
 from cpt_rft.engines.llamafactory.native import world
 from cpt_rft.files import read_json
 
@@ -92,7 +92,7 @@ def state_bytes(engine: LlamaFactoryConfig, shape: Shape) -> tuple[int, int]:
     return layer, int(params * 18 / engine.nodes * 1.5)
 
 
-def activation_bytes(engine: LlamaFactoryConfig, shape: Shape, tokens: int, picture_tokens: int) -> int:
+def activation_bytes(engine: LlamaFactoryConfig | EasyR1Config, shape: Shape, tokens: int, picture_tokens: int) -> int:
     """Bytes that one micro-batch keeps and makes on a GPU at the worst moment.
 
     With checkpointing, the input of every layer is kept and one layer is recomputed and differentiated at a time,

@@ -5,27 +5,27 @@ order: so both engines see the same rows in the same step.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.data.example import Example
+from cpt_rft.data.example import IMAGE_TAG, Example
 from cpt_rft.data.export import sharegpt_record, write_info
 from cpt_rft.data.parquet import stream_split
-from cpt_rft.data.picture import canonical, encode_png, load_picture, needs_no_change
 from cpt_rft.data.tokens import PromptCounter
 from cpt_rft.engines.base import Stage
 from cpt_rft.engines.local.batches import batches
+from cpt_rft.engines.pictures import seen_pictures
 from cpt_rft.errors import DataError
-from cpt_rft.files import atomic_path
+from cpt_rft.files import atomic_path, write_json_atomic
 from cpt_rft.prompts import target_text, user_text
 from cpt_rft.vision import VisionSpec
 
 NAME = "rows"
 # What the template writes after the target: <|im_end|> and a newline, both in the loss.
 ENDING = "<|im_end|>\n"
+CANARY_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,7 @@ class _Writer:
     def row(self, row: Example) -> _Row:
         """Write the pictures of a row; return its record and the tokens of its target."""
         style, preset = self.stage.method.style, self.stage.prompt_preset
-        pictures, tokens = [], []
-        for number, data in enumerate(row.images, 1):
-            where = f"{row.id}, picture {number}"
-            picture = load_picture(data, where)
-            pictures.append(data if needs_no_change(picture) else encode_png(canonical(picture, where)))
-            tokens.append(self.spec.image_tokens(*framework_size(self.spec, picture.height, picture.width)))
+        pictures, tokens = seen_pictures(row, self.spec)
         text = user_text(row, style, preset)
         prompt = self.counter(text, tokens)
         targets = self.counter.tokens(target_text(row, style) + ENDING)
@@ -107,21 +102,12 @@ class _Writer:
         return _Row(sharegpt_record(row, pictures, self.target, preset, style), targets)
 
 
-def framework_size(spec: VisionSpec, height: int, width: int) -> tuple[int, int]:
-    """Height and width that LLaMA-Factory itself gives a picture, before the checkpoint's image processor rounds them.
-
-    Source: llamafactory 0.9.5 data/mm_plugin.py ``BasePlugin._preprocess_image``.
-
-    >>> framework_size(VisionSpec(min_pixels=3136, max_pixels=10000), 100, 400)
-    (50, 200)
-    """
-    if height * width > spec.max_pixels:
-        factor = math.sqrt(spec.max_pixels / (height * width))
-        height, width = int(height * factor), int(width * factor)
-    if height * width < spec.min_pixels:
-        factor = math.sqrt(spec.min_pixels / (height * width))
-        height, width = int(height * factor), int(width * factor)
-    return height, width
+def canary_prompts(data: Path) -> Path:
+    """Write the first rows as a canary is asked them, beside the pictures; returns the file."""
+    rows = json.loads((data / f"{NAME}.json").read_text(encoding="utf-8"))[:CANARY_ROWS]
+    asked = [{"user": row["messages"][0]["content"].replace(IMAGE_TAG, ""), "images": row["images"]} for row in rows]
+    write_json_atomic(data / "canary.json", asked)
+    return data / "canary.json"
 
 
 def step_tokens(targets: Sequence[int]) -> tuple[int, float]:

@@ -1,7 +1,7 @@
 """Reinforcement fine-tuning: sample, reward, compare, differentiate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from cpt_rft.algos.aggregate import StepSize, pad_rows, without_truncated
 from cpt_rft.algos.grpo import zero_variance
 from cpt_rft.algos.kl import k3_divergence
 from cpt_rft.algos.logprobs import entropy, token_logprobs
-from cpt_rft.algos.losses import KlPenalty, PolicyLoss, Sampled, find_loss, policy_objective
+from cpt_rft.algos.losses import KlPenalty, Sampled, policy_objective
 from cpt_rft.algos.rewards import reward_groups
 from cpt_rft.checkpoint import EncodedPrompt, Policy, encode_prompts
 from cpt_rft.config.methods import GrpoMethod
@@ -23,6 +23,7 @@ from cpt_rft.engines.local.objective import Backward, StepResult, chunks
 from cpt_rft.engines.local.observe import OBSERVE_EVERY, GradientMeter, Kind, kind_of, reward_variance
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_blocks
 from cpt_rft.engines.local.team import ALONE, Team
+from cpt_rft.engines.losses import policy_loss
 from cpt_rft.errors import TrainingError, UserError
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import Score, reward, score
@@ -331,12 +332,6 @@ class GrpoObjective:
         assert self.reference is not None
         logits_NV = self.reference.logits(contexts, blocks).float() + self.banned
         return token_logprobs(logits_NV, blocks.targets, temperature=self.method.temperature)
-
-
-def policy_loss(method: GrpoMethod) -> PolicyLoss:
-    """The named loss of a method with the parts that it replaces."""
-    parts = {key: getattr(method, key) for key in ("ratio", "aggregate", "clip_low", "clip_high", "dual_clip")}
-    return replace(find_loss(method.loss), **{key: part for key, part in parts.items() if part is not None})
 
 
 def step_fields(sampled: SampledRows, rewards_PG: Tensor) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +10,19 @@ import torch
 
 from cpt_rft.checkpoint import Policy, encode_prompts, load_policy
 from cpt_rft.config.methods import MethodConfig
+from cpt_rft.config.rollouts import CONTROLS
 from cpt_rft.data.example import Example
 from cpt_rft.engines.base import Source, Stage
 from cpt_rft.engines.local.generate import generate
 from cpt_rft.engines.local.objective import chunks
-from cpt_rft.engines.local.team import Team
+from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.files import write_json_atomic, write_text_atomic
-from cpt_rft.methods.instances import KEPT_NAME, Tried, answered, filtered, refuse_nothing
+from cpt_rft.methods.instances import KEPT_NAME, TRIES_NAME, Tried, answered, filtered, refuse_nothing
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import score
 from cpt_rft.seeds import derive_seed
+from cpt_rft.vision import VisionSpec
 
-WORK_NAME = "rollouts.jsonl"  # of the work directory; among the artefacts without its first line
 RIGHT_FROM = 0.5  # of the strict score; the same as for the kinds of groups in `observe`
 
 
@@ -32,6 +32,17 @@ class Tries(NamedTuple):
     number: int
     temperature: float
     max_new_tokens: int
+
+
+class Response(NamedTuple):
+    """One try: its text, and whether it ended by itself and not by the limit."""
+
+    text: str
+    ended: bool
+
+
+#: The tries at each of some rows.
+Attempt = Callable[[Sequence[Example]], list[list[Response]]]
 
 
 def tries_of(method: MethodConfig) -> Tries | None:
@@ -47,9 +58,25 @@ def tries_of(method: MethodConfig) -> Tries | None:
 
 
 def chosen_rows(
-    stage: Stage, rows: Mapping[str, Sequence[Example]], fingerprint: str, dtype: torch.dtype, device: str, team: Team
+    stage: Stage,
+    rows: Mapping[str, Sequence[Example]],
+    fingerprint: str,
+    attempt: Attempt,
+    team: Team = ALONE,
+    *,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+    keep_text: bool = False,
 ) -> dict[str, list[Example]]:
     """The rows that a stage trains on, by task: all of them, or what the tries at them leave.
+
+    Args:
+        stage: The stage.
+        rows: All its rows, by task.
+        fingerprint: Of everything that the tries depend on; tries with another one are made anew.
+        attempt: Makes the tries that are not there yet.
+        team: The processes that share the work.
+        tick: Told the rows that are done, and how many there are.
+        keep_text: Write down the text of every try, and whether it was right.
 
     Raises:
         DataError: They leave nothing.
@@ -58,17 +85,35 @@ def chosen_rows(
     if tries is None:
         return {task: list(own) for task, own in rows.items()}
     everything = [row for task in sorted(rows) for row in rows[task]]
-    tried = _Tried(stage, tries, fingerprint, team).all(everything, dtype, device)
+    tried = _Tried(stage, attempt, fingerprint, team, keep_text).all(everything, tick)
     kept = {task: _chosen(stage, rows[task], tried) for task in sorted(rows)}
     why, fix = _nothing(stage.method)
     refuse_nothing(stage.tasks, [row for own in kept.values() for row in own], why, fix)
     solvable = {task: sum(tried[row.id].correct > 0 for row in rows[task]) for task in kept}
     counts = {task: {"rows": len(rows[task]), "solvable": solvable[task], "kept": len(kept[task])} for task in kept}
-    ids = [row.id for own in kept.values() for row in own]
-    source = source_of(stage)
+    note = {"source": source_of(stage).label, "tasks": counts, "ids": _ids(kept.values())}
     if team.leads:
-        write_json_atomic(stage.directory / KEPT_NAME, {"source": source.label, "tasks": counts, "ids": ids})
+        write_json_atomic(stage.directory / KEPT_NAME, note | _controls(stage, rows, tried))
     return kept
+
+
+def _ids(parts: Iterable[Sequence[Example]]) -> list[str]:
+    return [row.id for own in parts for row in own]
+
+
+def _controls(stage: Stage, rows: Mapping[str, Sequence[Example]], tried: Mapping[str, Tried]) -> dict[str, Any]:
+    """The ids of the size-matched controls of a filter, so that other trainers can use them too."""
+    settings = stage.method.filter
+    if settings is None:
+        return {}
+    drawn = {
+        control: [
+            filtered(rows[task], tried, settings.model_copy(update={"control": control}), stage.seed)
+            for task in sorted(rows)
+        ]
+        for control in CONTROLS
+    }
+    return {"controls": {control: _ids(parts) for control, parts in drawn.items()}}
 
 
 def source_of(stage: Stage) -> Source:
@@ -80,14 +125,14 @@ def leave_rollouts(stage: Stage, artefacts: Path) -> None:
     """Put what was tried, and what was kept, among what the stage leaves; nothing if nothing was tried."""
     if tries_of(stage.method) is not None:
         artefacts.mkdir(exist_ok=True)
-        _, _, lines = (stage.directory / WORK_NAME).read_text(encoding="utf-8").partition("\n")
-        write_text_atomic(artefacts / WORK_NAME, lines)
+        _, _, lines = (stage.directory / TRIES_NAME).read_text(encoding="utf-8").partition("\n")
+        write_text_atomic(artefacts / TRIES_NAME, lines)
         write_text_atomic(artefacts / KEPT_NAME, (stage.directory / KEPT_NAME).read_text(encoding="utf-8"))
 
 
 def clear_rollouts(stage: Stage) -> None:
     """Remove the work files of a stage that has left them."""
-    for name in (WORK_NAME, KEPT_NAME):
+    for name in (TRIES_NAME, KEPT_NAME):
         (stage.directory / name).unlink(missing_ok=True)
 
 
@@ -115,25 +160,25 @@ class _Tried:
     A batch is a fixed run of the ordered rows, so that whoever goes on makes the same ones with the same bits.
     """
 
-    def __init__(self, stage: Stage, tries: Tries, fingerprint: str, team: Team) -> None:
-        self.stage, self.tries, self.team = stage, tries, team
-        self.path = stage.directory / WORK_NAME
+    def __init__(self, stage: Stage, attempt: Attempt, fingerprint: str, team: Team, keep_text: bool) -> None:
+        self.stage, self.attempt, self.team, self.keep_text = stage, attempt, team, keep_text
+        self.path = stage.directory / TRIES_NAME
         self.header = json.dumps({"fingerprint": fingerprint})
 
-    def all(self, rows: Sequence[Example], dtype: torch.dtype, device: str) -> dict[str, Tried]:
+    def all(self, rows: Sequence[Example], tick: Callable[[int, int], None]) -> dict[str, Tried]:
         """The tries at every row, those that are there already and those that are missing."""
         size = self.stage.method.micro_batch
         lines = self.team.told(self._committed(len(rows), size) if self.team.leads else [])
-        policy = None
         for part in chunks(rows[len(lines) :], size):
-            policy = policy or load_policy(source_of(self.stage).checkpoint, dtype=dtype, device=device)
-            fresh = self.team.shared(partial(self._batch, policy), part)
+            tick(len(lines), len(rows))
+            fresh = self.team.shared(self._batch, part)
             if self.team.leads:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write("".join(f"{line}\n" for line in fresh))
                     file.flush()
                     os.fsync(file.fileno())
             lines += fresh
+        tick(len(rows), len(rows))
         read = [json.loads(line) for line in lines]
         return {line["id"]: Tried(line["correct"], line.get("response")) for line in read}
 
@@ -141,47 +186,75 @@ class _Tried:
         """The lines of whole batches that are there; the file is cut to them, or begun."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         header, *lines = [*text.split("\n")[:-1]] or [""]  # what follows the last newline was cut short
-        if header != self.header:
+        if header != self.header or (self.keep_text and lines and "texts" not in json.loads(lines[0])):
             lines = []
         if len(lines) < rows:
             lines = lines[: len(lines) // size * size]
         write_text_atomic(self.path, "\n".join([self.header, *lines, ""]))
         return lines
 
-    @torch.no_grad()
-    def _batch(self, policy: Policy, rows: Sequence[Example]) -> list[str]:
-        """One line a row. The prompt and the scorer are those of training; the seed depends on the row and the training
-        seed and not on the method, so that arms that start from one model make the same tries.
-        """
-        method = self.stage.method
-        texts = [(row.images, user_text(row, method.style, self.stage.prompt_preset)) for row in rows]
-        groups = generate(
-            policy,
-            encode_prompts(policy, texts, [row.id for row in rows]),
-            group=self.tries.number,
-            max_new_tokens=self.tries.max_new_tokens,
-            temperature=self.tries.temperature,
-            seeds=[derive_seed("instances", self.stage.seed, row.id) for row in rows],
-        )
+    def _batch(self, rows: Sequence[Example]) -> list[str]:
+        """One line a row; the scorer is that of training."""
         lines = []
-        for row, group in zip(rows, groups, strict=True):
-            texts_G = [policy.tokenizer.decode(each.token_ids, skip_special_tokens=True) for each in group]
-            pairs = zip(texts_G, group, strict=True)
-            right_G = [self._is_right(row, text, each.finish == "length") for text, each in pairs]
-            line: dict[str, Any] = {"id": row.id, "task": row.task, "correct": sum(right_G)}
-            if method.filter is None:
-                ended = zip(texts_G, right_G, group, strict=True)
-                line["response"] = next((text for text, right, each in ended if right and each.finish == "stop"), None)
+        for row, responses in zip(rows, self.attempt(rows), strict=True):
+            right = [self._is_right(row, each) for each in responses]
+            line: dict[str, Any] = {"id": row.id, "task": row.task, "correct": sum(right)}
+            if self.stage.method.filter is None:
+                pairs = zip(responses, right, strict=True)
+                line["response"] = next((each.text for each, was_right in pairs if was_right and each.ended), None)
+            if self.keep_text:
+                line |= {"texts": [each.text for each in responses], "right": right}
             lines.append(json.dumps(line, ensure_ascii=False))
         return lines
 
-    def _is_right(self, row: Example, text: str, truncated: bool) -> bool:
+    def _is_right(self, row: Example, response: Response) -> bool:
         graded = score(
-            text,
+            response.text,
             answer=row.answer,
             references=row.references,
             kind=row.kind,
             style=self.stage.method.style,
-            truncated=truncated,
+            truncated=not response.ended,
         )
         return graded.strict >= RIGHT_FROM
+
+
+class LocalAttempt:
+    """Tries by this process's own rollouts; the model is loaded with the first of them.
+
+    The prompt is that of training. The seed depends on the row and the training seed and not on the method, so that
+    arms that start from one model make the same tries.
+
+    Args:
+        stage: The stage.
+        dtype: Arithmetic.
+        device: Where.
+    """
+
+    def __init__(self, stage: Stage, dtype: torch.dtype, device: str) -> None:
+        self.stage, self.dtype, self.device = stage, dtype, device
+        self.policy: Policy | None = None
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Example]) -> list[list[Response]]:
+        """The tries at each row."""
+        stage, tries = self.stage, tries_of(self.stage.method)
+        assert tries is not None  # it is asked only where there are tries
+        if self.policy is None:
+            checkpoint = source_of(stage).checkpoint
+            vision = VisionSpec.read(checkpoint).with_limits(*stage.engine.pixel_limits)
+            self.policy = load_policy(checkpoint, dtype=self.dtype, device=self.device, vision=vision)
+        texts = [(row.images, user_text(row, stage.method.style, stage.prompt_preset)) for row in rows]
+        groups = generate(
+            self.policy,
+            encode_prompts(self.policy, texts, [row.id for row in rows]),
+            group=tries.number,
+            max_new_tokens=tries.max_new_tokens,
+            temperature=tries.temperature,
+            seeds=[derive_seed("instances", stage.seed, row.id) for row in rows],
+        )
+        decode = self.policy.tokenizer.decode
+        return [
+            [Response(decode(each.token_ids, skip_special_tokens=True), each.finish == "stop") for each in group]
+            for group in groups
+        ]

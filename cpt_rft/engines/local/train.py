@@ -25,11 +25,12 @@ from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.parallel import train_together
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
-from cpt_rft.engines.local.rollouts import chosen_rows, clear_rollouts, leave_rollouts
+from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows, clear_rollouts, leave_rollouts
 from cpt_rft.engines.local.rounds import rounds_of, train_rounds
 from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
+from cpt_rft.engines.local.usage import Usage
 from cpt_rft.files import read_json_lines
 from cpt_rft.seeds import derive_seed
 
@@ -59,7 +60,8 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     engine = local_config(stage)
     dtype, device = prepare(engine, team.rank if team.size > 1 else None)
     fingerprint = stage_fingerprint(stage, dtype)
-    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, dtype, device, team))
+    attempt = LocalAttempt(stage, dtype, device)
+    batches = stage_batches(stage, chosen_rows(stage, stage_rows(stage), fingerprint, attempt, team))
     policy = load_policy(stage.parent, device=device)
     policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
     check_rows(policy, stage.method, batches, stage.prompt_preset)
@@ -71,6 +73,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, fingerprint)
     begin = _resume(journal, optimiser, objective, team)
+    usage = Usage(device)
     for step in range(begin, len(batches)):
         started = time.perf_counter()
         rows = batches[step]
@@ -87,6 +90,8 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             grad_norm=outcome.grad_norm,
             skipped=optimiser.skipped,
             seconds=time.perf_counter() - started,
+            memory_bytes=usage.memory_bytes(),
+            energy_joules=usage.energy_joules(),
             replayed=len(rows) - len(new) if stage.method.replay else None,
             penalty=_finite(penalty) if restraints else None,
             **fields,

@@ -1,6 +1,5 @@
-"""From the framework's output to a checkpoint that every consumer loads: its weights, the parent's other files."""
+"""From a framework's output to a checkpoint that every consumer loads: its weights, the parent's other files."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,11 +7,9 @@ import sys
 from pathlib import Path
 
 from cpt_rft.checkpoint import fresh_directory, is_weight_file, verify_weights
-from cpt_rft.data.example import IMAGE_TAG
 from cpt_rft.engines import canary
 from cpt_rft.engines.environment import environment_variables
-from cpt_rft.engines.llamafactory.rows import NAME
-from cpt_rft.errors import CheckpointError, TrainingError
+from cpt_rft.errors import CheckpointError
 from cpt_rft.files import read_json, write_json_atomic
 from cpt_rft.vision import NEW_FILE, OLD_FILE, VisionSpec
 
@@ -70,40 +67,19 @@ def assemble(out: Path, start: Path, checkpoint: Path) -> None:
             raise CheckpointError(f"{out / surplus[0]} belongs to no index.", "give the same command again")
 
 
-def merge_lora(environment: Path, directory: Path, start: Path, log: Path) -> Path:
-    """Merge adapters by the framework's own export; returns the directory of the merged weights.
-
-    Raises:
-        TrainingError: It failed.
-    """
-    merged = directory / "merged"
-    shutil.rmtree(merged, ignore_errors=True)
-    keys = {
-        **{"model_name_or_path": str(start.absolute()), "adapter_name_or_path": "out", "template": "qwen2_vl"},
-        **{"finetuning_type": "lora", "export_dir": "merged", "export_size": 5, "export_device": "cpu"},
-        **{"infer_dtype": "float32", "trust_remote_code": False},
-    }
-    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
-    (directory / "export.yaml").write_text(text, encoding="utf-8")
-    variables = {**environment_variables(environment), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(environment / "bin" / "llamafactory-cli"), "export", "export.yaml"]
-    with log.open("ab") as output:
-        done = subprocess.run(command, cwd=directory, env=variables, stdout=output, stderr=output)
-    if done.returncode:
-        raise TrainingError("LLaMA-Factory could not merge the adapters.", f"see {log}")
-    return merged
-
-
-def sing(environment: Path, checkpoint: Path, data: Path, directory: Path) -> None:
+def sing(framework: str, environment: Path, checkpoint: Path, prompts: Path, directory: Path) -> None:
     """Ask the checkpoint a few rows in the framework's environment and in this one.
+
+    Args:
+        framework: Name of the framework.
+        environment: Its environment.
+        checkpoint: Who is asked.
+        prompts: A list of {"user", "images"} with picture files beside it.
+        directory: Gets the answers and what was printed.
 
     Raises:
         CheckpointError: It does not load, or the two do not agree.
     """
-    rows = json.loads((data / f"{NAME}.json").read_text(encoding="utf-8"))[:CANARY_ROWS]
-    prompts = data / "canary.json"
-    asked = [{"user": row["messages"][0]["content"].replace(IMAGE_TAG, ""), "images": row["images"]} for row in rows]
-    write_json_atomic(prompts, asked)
     answers = {}
     running = []
     for name, python in (("framework", environment / "bin" / "python"), ("ours", Path(sys.executable))):
@@ -123,6 +99,6 @@ def sing(environment: Path, checkpoint: Path, data: Path, directory: Path) -> No
     problem = canary.difference(answers["framework"], answers["ours"])
     if problem is not None:
         raise CheckpointError(
-            f"{checkpoint}: {problem} between LLaMA-Factory's environment and this one.",
+            f"{checkpoint}: {problem} between {framework}'s environment and this one.",
             "use versions of transformers that agree ('scripts/check_base.sh DIRECTORY' compares them)",
         )
