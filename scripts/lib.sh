@@ -80,15 +80,16 @@ setup_venv() {
 # engine_environment NAME [FILE...]: sets VENV to the environment of a lock, made first if it is not there whole. It is
 # known by the content of the lock and of the FILEs, which change what is in it.
 engine_environment() {
-    local lock="$LOCKS/$1.lock"
+    local lock="$LOCKS/$1.lock" torch
     VENV="$ENVS/$1-$(cat "$lock" "${@:2}" | sha256sum | cut -c1-12)"
     [ ! -f "$VENV/ready" ] || return 0
     mkdir -p "$ENVS" || die "$ENVS could not be made." "set CPT_RFT_ENVS to a folder that can be written"
     # Python 3.11 first: the locks were made with it.
     (export CPT_RFT_PYTHON="${CPT_RFT_PYTHON:-python3.11 python3 python3.12 python3.13}" && make_venv) || return 1
     # torch first and with all that it needs, so that nothing after it can bring another build. The lock is complete.
-    (export DS_BUILD_OPS=0 && install_torch && pip_install "$(grep '^torch==' "$lock")" && pip_install --no-deps -r "$lock") ||
-        return 1
+    torch="$(grep '^torch==' "$lock" || true)"
+    (export DS_BUILD_OPS=0 && { [ -z "$torch" ] || { install_torch && pip_install "$torch"; }; } &&
+        pip_install --no-deps -r "$lock") || return 1
     touch "$VENV/ready"
 }
 

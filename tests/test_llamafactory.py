@@ -159,6 +159,18 @@ def test_ray_and_torchrun_are_never_asked_for_together():
     )
 
 
+def test_workers_of_ray_find_everything_wherever_they_are(tmp_path):
+    """They work in the folder in which the cluster was started."""
+    engine = config(processes=2, ray=True, deepspeed="zero2")
+    keys = native.settings(engine, sft(micro_batch=2), BASE, SPEC, 0, "out/checkpoint-3")
+    native.write_native(tmp_path, keys, engine, tmp_path / "environment")
+    written = yaml.safe_load((tmp_path / "train.yaml").read_text())
+    names = {"dataset_dir": "data", "output_dir": "out", "resume_from_checkpoint": "out/checkpoint-3"}
+    for key, name in {**names, "deepspeed": "deepspeed.json"}.items():
+        assert written[key] == str(tmp_path / name)
+    assert {**keys, **{key: written[key] for key in (*names, "deepspeed")}} == written
+
+
 def test_a_folder_with_a_space_never_reaches_the_frameworks_command_line(tmp_path):
     place = tmp_path / "a folder"
     place.mkdir()

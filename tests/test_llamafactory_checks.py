@@ -255,6 +255,7 @@ def test_another_pixel_budget_is_stated_by_both_forms_of_the_processor(tmp_path)
         ),
         ("ValueError: Template qwen2_5_vl does not exist.", TrainingError, "chat template", "qwen2_vl"),
         ("OSError: [Errno 28] No space left on device", StageError, "The disk is full", "cpt-rft plan"),
+        ("RuntimeError: basic_ios::clear: iostream error", StageError, "The disk is full", "cpt-rft plan"),
         ("OSError: image file is truncated (3 bytes)", TrainingError, "a picture", "delete"),
         ("safetensors_rust.SafetensorError: Error while", TrainingError, "weight file is truncated", "--verify"),
         ("EADDRINUSE: address already in use", TrainingError, "port", "MASTER_PORT"),
@@ -270,6 +271,11 @@ def test_a_known_failure_is_one_line_with_its_fix(said, kind, problem, fix):
     error = explain(1, f"many lines\n{said}\n", Path("framework.log"))
     assert isinstance(error, kind) and problem in error.problem and fix in error.fix
     assert "\n" not in str(error)
+
+
+def test_a_full_disk_is_told_even_if_the_framework_could_not_say_so(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 4096))  # type: ignore[attr-defined]
+    assert "The disk is full" in explain(1, "Saving model checkpoint to out/che", Path("framework.log")).problem
 
 
 def test_a_killed_framework_is_told_apart():

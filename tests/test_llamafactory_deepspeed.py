@@ -18,7 +18,7 @@ from tests.helpers.llamafactory import BASE, environment, make_stage, sft, whole
 from tests.helpers.tree import ROOT
 from tests.test_llamafactory_run import apart, run, weights
 
-GATHERS = 50
+GATHERS = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +83,7 @@ def test_it_trains_under_our_deepspeed_files(
     assert gap <= 1e-3
 
 
-@pytest.mark.campaign(name="deepspeed")
+@pytest.mark.campaign(name="deepspeed_gathers")
 def test_without_gpus_gathered_weights_are_whole_only_if_all_are_waited_for(
     record_property: Callable[[str, object], None],
 ) -> None:

@@ -96,7 +96,7 @@ class LlamaFactoryConfig(_Engine):
     launcher: tuple[str, ...] = ()
     """Put before the command, for example ["srun", "--ntasks-per-node=1"]; NODE_RANK defaults to SLURM_NODEID."""
     ray: bool = False
-    """Start the processes by Ray (USE_RAY) instead of torchrun; the environment then needs the package ray."""
+    """Start the processes by Ray (USE_RAY) instead of torchrun; the environment then needs the package ray[default]."""
     deepspeed: DeepSpeed = "none"
     """Which of configs/engines/deepspeed/*.json; `none` replicates the model in every process."""
     cutoff_len: PositiveInt = 7168

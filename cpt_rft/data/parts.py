@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ PART_BYTES = 8 * 2**20  # of pictures: what one process holds at once, a few tim
 # Pictures are compressed already, and nobody searches these files by value.
 PARQUET_OPTIONS = {"compression": "none", "write_statistics": False, "use_dictionary": False}
 DONE_NAME = "complete.json"
+HANDED = ".rows"  # from this process to the one that makes the part
 
 _checker: RowChecker | None = None  # of this worker process
 
@@ -165,7 +167,10 @@ def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Exampl
                 first = False
                 make_part(checker, part, path)
                 return
-            waiting.append(pool.submit(_work, part, path))
+            # Through a file: a pipe hands over 64 kB at a time, each in a buffer as large as all that is left.
+            handed = path.with_suffix(HANDED)
+            handed.write_bytes(pickle.dumps(part, pickle.HIGHEST_PROTOCOL))
+            waiting.append(pool.submit(_work, handed, path))
             while len(waiting) > processes:  # one part more than can be worked on, so that memory stays bounded
                 waiting.popleft().result()
 
@@ -194,8 +199,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(part: list[Example | Drop], path: Path) -> None:
+def _work(handed: Path, path: Path) -> None:
     assert _checker is not None
+    part = pickle.loads(handed.read_bytes())
+    handed.unlink()
     make_part(_checker, part, path)
 
 

@@ -1,6 +1,7 @@
 """What a framework's run that ended badly is to be reported as: its known failures, each as one line with a fix."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,9 @@ from cpt_rft.errors import StageError, TrainingError, UserError
 _TAIL = 400_000
 _FULL = re.compile(
     r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing|File too large"
+    r"|basic_ios::clear: iostream error"
 )
+_ROOM = 1 << 20  # with less, what the framework had to say may not have fitted into its log
 
 
 class Known(NamedTuple):
@@ -32,7 +35,7 @@ def explain(framework: str, known: Sequence[Known], status: int, output: str, lo
         log: Where all of it is.
     """
     output = output[-_TAIL:]
-    if _FULL.search(output):
+    if _FULL.search(output) or shutil.disk_usage(log.parent).free < _ROOM:
         return StageError(
             f"The disk is full: {framework} could not write below {log.parent}.",
             "free some space ('cpt-rft plan' prints what a run needs) and give the same command again",

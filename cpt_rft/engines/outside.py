@@ -53,3 +53,45 @@ def running(
         process.stdin.close()
         process.wait()
         end_leftovers(directory)
+
+
+class Tail:
+    """The whole lines that are added to a file, which need not be there yet.
+
+    Args:
+        path: The file.
+        offset: Where to begin, in bytes.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def new_lines(self) -> list[bytes]:
+        """Those since the last call, without their ends; what has no end yet waits."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole + newline)
+        return whole.splitlines()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if it is not there."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def said_since(log: Path, offset: int) -> str:
+    """What was printed after so many bytes."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        return file.read().decode(errors="replace")
+
+
+def status_within(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
+    """The exit status of a process that ends within so many seconds, else none."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None

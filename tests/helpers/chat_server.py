@@ -17,6 +17,7 @@ class Server(ThreadingHTTPServer):
     """Chat completions by a checkpoint, on loopback; `fault` may spoil a reply."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -48,6 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.at_once -= 1
         text = json.dumps(reply).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -55,14 +57,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _reply(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     [message] = body["messages"]
-    parts = message["content"]
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     images = [base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in parts if p["type"] == "image_url"]
     text = "".join(p["text"] if p["type"] == "text" else "<image>" for p in parts)
     [prompt] = encode_prompts(server.policy, [(images, text)])
     with server.lock:
         [[done]] = generate(server.policy, [prompt], max_new_tokens=body["max_tokens"], temperature=0.0)
     said = server.policy.tokenizer.decode(done.token_ids, skip_special_tokens=True)
-    choice = {"message": {"content": said}, "finish_reason": done.finish, "token_ids": done.token_ids}
+    choice = {"index": 0, "message": {"content": said}, "finish_reason": done.finish, "token_ids": done.token_ids}
     return {"prompt_token_ids": prompt.ids.tolist(), "usage": {"prompt_tokens": len(prompt.ids)}, "choices": [choice]}
 
 

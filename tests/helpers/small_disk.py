@@ -3,7 +3,7 @@
 A small tmpfs in a mount namespace of its own needs no real root where user namespaces are allowed. Where they are
 not, a limit on the size of files stands in: the kernel then refuses a write in the same place.
 
-Usage: python -m tests.helpers.small_disk SOURCE MOUNT_POINT ROOM_BYTES COMMAND...
+Usage: python -m tests.helpers.small_disk SOURCE MOUNT_POINT ROOM_BYTES[:FILE_BYTES] COMMAND...
 """
 
 import ctypes
@@ -52,13 +52,13 @@ def outcome(command: Sequence[str], file_limit: int | None = None) -> dict[str, 
     return {"status": done.returncode, "err": done.stderr}
 
 
-def main(source: Path, place: Path, room: int, command: Sequence[str]) -> None:
+def main(source: Path, place: Path, room: int, file_limit: int, command: Sequence[str]) -> None:
     place.mkdir()
     disk = SmallDisk(place)
     size = sum(path.stat().st_blocks * 512 + 4096 for path in source.rglob("*"))
     small = disk.real and disk.mount(size + room)
     shutil.copytree(source, place, dirs_exist_ok=True)
-    first = outcome(command, None if small else room)
+    first = outcome(command, None if small else file_limit)
     if small:
         assert disk.mount(size + 2**30, MS_REMOUNT)
     second = outcome(command)
@@ -67,4 +67,5 @@ def main(source: Path, place: Path, room: int, command: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    room, _, file_limit = sys.argv[3].partition(":")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(room), int(file_limit or room), sys.argv[4:])

@@ -1,7 +1,6 @@
 """Stage -> native files -> the framework's trainer on Ray -> guarded merge -> checked checkpoint."""
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from cpt_rft.engines.handover import assemble, sing, start_checkpoint
 from cpt_rft.engines.local.batches import stage_rows
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.rollouts import LocalAttempt, chosen_rows, clear_rollouts, leave_rollouts
-from cpt_rft.engines.outside import end_leftovers, running
+from cpt_rft.engines.outside import end_leftovers, running, said_since, size_of, status_within
 from cpt_rft.errors import TrainingError
 from cpt_rft.files import sha256_file
 from cpt_rft.seeds import derive_seed
@@ -115,7 +114,7 @@ class _Run:
         Raises:
             UserError: It failed, hangs, or does something else than it was told.
         """
-        said = self.log.stat().st_size if self.log.exists() else 0
+        said = size_of(self.log)
         follower = Follower(self.directory / OUT, self.written, self.method, step)
         heartbeat = Heartbeat(self.log, self.directory / OUT / FRAMEWORK_LOG, self.directory / RECORDS)
         started = False
@@ -125,8 +124,8 @@ class _Run:
             ours.open("a", encoding="utf-8") as file,
         ):
             while True:
-                ended = _wait(process)
-                started = started or check_start(self._said(said), self.written)
+                ended = status_within(process, _POLL_S)
+                started = started or check_start(said_since(self.log, said), self.written)
                 for line in follower.new_steps():
                     file.write(line.line() + "\n")
                     file.flush()
@@ -135,22 +134,9 @@ class _Run:
                     break
                 heartbeat.check(self.log)
         if ended:
-            raise explain(ended, self._said(said), self.log)
+            raise explain(ended, said_since(self.log, said), self.log)
         if follower.step != self.written.rollouts:
             raise TrainingError(
                 f"EasyR1 ended after {follower.step} of {self.written.rollouts} rollouts without an error.",
                 f"see {self.log}",
             )
-
-    def _said(self, offset: int) -> str:
-        """What the framework has printed in this start."""
-        with self.log.open("rb") as file:
-            file.seek(offset)
-            return file.read().decode(errors="replace")
-
-
-def _wait(process: "subprocess.Popen[bytes]") -> int | None:
-    try:
-        return process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return None

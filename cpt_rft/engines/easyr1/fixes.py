@@ -170,7 +170,10 @@ def with_group_numbers(data_metrics: Callable[..., dict[str, Any]], *, compared:
 
 
 def counting(tracker: type, path: Path) -> type:
-    """A tracker that also appends our numbers to a file, which no resume empties, as it does the framework's log."""
+    """A tracker that also appends our numbers to a file, which no resume empties, as it does the framework's log.
+
+    A step that is done again after a resume has a second line, and that one counts.
+    """
 
     class Counting(tracker):
         def log(self, data: dict[str, Any], step: int) -> None:

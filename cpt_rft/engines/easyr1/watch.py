@@ -11,6 +11,7 @@ from typing import Any
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.base import StepLog
 from cpt_rft.engines.easyr1.rows import WrittenRows
+from cpt_rft.engines.outside import Tail, size_of
 from cpt_rft.errors import TrainingError
 
 FRAMEWORK_LOG = "experiment_log.jsonl"
@@ -30,10 +31,9 @@ class Follower:
     """
 
     def __init__(self, out: Path, written: WrittenRows, method: GrpoMethod, done: int) -> None:
-        self.path = out / FRAMEWORK_LOG
+        self.tail = Tail(out / FRAMEWORK_LOG)
         self.written, self.method = written, method
         self.step = done
-        self.offset = 0
 
     def new_steps(self) -> Iterator[StepLog]:
         """Rollouts that were logged since the last call.
@@ -41,13 +41,7 @@ class Follower:
         Raises:
             TrainingError: The framework went on from another step than it was told.
         """
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self.offset += len(whole + newline)
-        for line in whole.splitlines():
+        for line in self.tail.new_lines():
             yield self._step(json.loads(line))
 
     def _step(self, entry: dict[str, Any]) -> StepLog:
@@ -136,7 +130,7 @@ class Heartbeat:
         Raises:
             TrainingError: None has changed for the time of the patience.
         """
-        sizes = tuple(path.stat().st_size if path.exists() else 0 for path in self.files)
+        sizes = tuple(map(size_of, self.files))
         if sizes != self.seen:
             self.seen, self.since = sizes, time.monotonic()
         elif time.monotonic() - self.since > patience_s:

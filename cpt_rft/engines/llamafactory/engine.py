@@ -1,7 +1,6 @@
 """Stage -> native files -> the framework's own command -> checked checkpoint."""
 
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from cpt_rft.engines.llamafactory.resume import kept_lines, make_loadable, open_
 from cpt_rft.engines.llamafactory.rows import WrittenRows, canary_prompts, write_rows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
 from cpt_rft.engines.local.runtime import resolve as resolve_device
-from cpt_rft.engines.outside import end_leftovers, running
+from cpt_rft.engines.outside import end_leftovers, running, said_since, size_of, status_within
 from cpt_rft.errors import ConfigError, TrainingError
 from cpt_rft.files import sha256_file
 from cpt_rft.vision import VisionSpec
@@ -89,7 +88,7 @@ class _Run:
         Raises:
             UserError: It failed, or does something else than it was told.
         """
-        said = self.log.stat().st_size if self.log.exists() else 0
+        said = size_of(self.log)
         follower = Follower(self.directory / OUT, self.written, step)
         started = False
         with (
@@ -99,13 +98,13 @@ class _Run:
             ours.open("a", encoding="utf-8") as file,
         ):
             while True:
-                ended = _wait(process)
+                ended = status_within(process, _POLL_S)
                 if not started:
-                    started = check_start(self._said(said), self.written, self.method.prompts_per_step)
+                    started = check_start(said_since(self.log, said), self.written, self.method.prompts_per_step)
                     follower.last = time.monotonic()
                 for line in follower.new_steps():
                     if not lines or line.step == step + 1:
-                        check_zero(self._said(said), self.engine.deepspeed)
+                        check_zero(said_since(self.log, said), self.engine.deepspeed)
                     lines.append(line)
                     file.write(line.line() + "\n")
                     file.flush()
@@ -113,25 +112,12 @@ class _Run:
                 if ended is not None:
                     break
         if ended:
-            raise explain(ended, self._said(said), self.log)
+            raise explain(ended, said_since(self.log, said), self.log)
         if len(lines) != len(self.written.targets) or not (started or step == len(lines)):
             raise TrainingError(
                 f"LLaMA-Factory ended after {len(lines)} of {len(self.written.targets)} steps without an error.",
                 f"see {self.log}",
             )
-
-    def _said(self, offset: int) -> str:
-        """What the framework has printed in this start."""
-        with self.log.open("rb") as file:
-            file.seek(offset)
-            return file.read().decode(errors="replace")
-
-
-def _wait(process: "subprocess.Popen[bytes]") -> int | None:
-    try:
-        return process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def supported(stage: Stage) -> tuple[LlamaFactoryConfig, SftMethod]:

@@ -18,6 +18,7 @@ from cpt_rft.vision import VisionSpec
 YAML, SCRIPT, DEEPSPEED, OUT, DATA = "train.yaml", "train.sh", "deepspeed.json", "out", "data"
 DEEPSPEED_FILES = REPOSITORY / "configs" / "engines" / "deepspeed"
 TEMPLATE = "qwen2_vl"  # of Qwen2.5-VL too; the framework knows no template by that name
+_PATHS = ("dataset_dir", "output_dir", "resume_from_checkpoint", "deepspeed")
 # They would change what is trained, or whether anything is, behind the file's back.
 _UNSET = ("ALLOW_EXTRA_ARGS", "DISABLE_VERSION_CHECK", "USE_MCA", "USE_RAY", "USE_KT", "FORCE_TORCHRUN")
 
@@ -155,6 +156,8 @@ def shown(engine: LlamaFactoryConfig, directory: Path) -> str:
 
 def write_native(directory: Path, keys: Mapping[str, Any], engine: LlamaFactoryConfig, environment: Path) -> None:
     """Write the YAML, the script and DeepSpeed's file into a directory."""
+    if engine.ray:  # its workers are where the cluster was started, not where the script is
+        keys = {key: str((directory / value).absolute()) if key in _PATHS else value for key, value in keys.items()}
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
     write_text_atomic(directory / YAML, lines)
     write_text_atomic(directory / SCRIPT, script(engine, environment))

@@ -115,7 +115,7 @@ def kept_lines(log: Path, steps: int, out: Path, written: WrittenRows) -> list[S
     whole = [line for line in lines[:steps] if line.endswith("}")]
     kept = [StepLog(steps=len(written.targets), **json.loads(line)) for line in whole]
     follower = Follower(out, written, 0)
-    follower.offset = 0
+    follower.tail.offset = 0
     return kept + list(follower.new_steps())[len(kept) : steps]
 
 

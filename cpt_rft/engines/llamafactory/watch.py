@@ -11,6 +11,7 @@ from typing import Any
 from cpt_rft.config.engine import DeepSpeed
 from cpt_rft.engines.base import StepLog
 from cpt_rft.engines.llamafactory.rows import WrittenRows, step_tokens
+from cpt_rft.engines.outside import Tail, size_of
 from cpt_rft.errors import TrainingError
 from cpt_rft.files import atomic_path, read_json
 
@@ -28,10 +29,9 @@ class Follower:
     """
 
     def __init__(self, out: Path, written: WrittenRows, done: int) -> None:
-        self.path = out / TRAINER_LOG
+        self.tail = Tail(out / TRAINER_LOG, size_of(out / TRAINER_LOG))
         self.written = written
         self.step = done
-        self.offset = self.path.stat().st_size if self.path.exists() else 0
         self.last = time.monotonic()
 
     def new_steps(self) -> Iterator[StepLog]:
@@ -40,13 +40,7 @@ class Follower:
         Raises:
             TrainingError: The framework went on from another step than it was told.
         """
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self.offset += len(whole + newline)
-        for line in whole.splitlines():
+        for line in self.tail.new_lines():
             entry = json.loads(line)
             if "loss" in entry:  # the last line sums up
                 yield self._step(entry)
