@@ -64,7 +64,8 @@ def _refuse_others(chooser: Run, target: Run, names: Iterable[str]) -> None:
         whole = dump(run.experiment)
         kept = {key: {k: v for k, v in whole[key].items() if k not in free} for key, free in _FREE.items()}
         methods = {name: whole["methods"].get(name) for name in names}
-        sides.append({**kept, "methods": methods, **{key: whole[key] for key in ("base_model", "tasks", "engine")}})
+        engines = {key: dump(engine) for key, engine in run.experiment.engines.items()}
+        sides.append({**kept, "methods": methods, **engines, **{key: whole[key] for key in ("base_model", "tasks")}})
     found = differences(*sides)
     if found:
         problem = f"{chooser.directory} and {target.directory} learned differently: {'; '.join(found[:3])}."

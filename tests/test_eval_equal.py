@@ -154,6 +154,12 @@ def test_only_dev_chooses_and_only_for_the_same_methods(
     with edited(on_test / "config.json") as config:
         config["methods"]["grpo_slow"]["lr"] = 3e-4
     assert "learned differently: methods.grpo_slow.lr: 0.0001 against 0.0003" in refused(searched, on_test)
+    with edited(on_test / "config.json") as config:
+        config["methods"]["grpo_slow"]["lr"] = 1e-4
+        config["rft_engine"] = {**config["engine"], "dtype": "bfloat16"}
+    assert "learned differently: rft_engine" in refused(searched, on_test)
+    with edited(on_test / "config.json") as config:
+        del config["rft_engine"]
     assert not (on_test / MATCHING_NAME).exists()
     (on_test / MATCHING_NAME).write_text('{"pairs": [{"first": "grpo"}]}')
     with pytest.raises(RecordError, match="is broken"):
