@@ -32,6 +32,9 @@ LIMITS = {
     "max_pixels": "largest area of a picture (default: the contract's, else the checkpoint's)",
 }
 
+#: Rows a task, if none are named.
+DRAWN_ROWS, EVERY_ROW = 200, 10**9
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -46,8 +49,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="split of the tasks by name")
     parser.add_argument("--out", type=Path, required=True, help="directory for the records")
     parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), help="prompt styles")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="miniature", help="prompt preset")
-    parser.add_argument("--rows", type=int, help="only the first so many rows of each file")
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), help="prompt preset (default: miniature; task with --data-directory)"
+    )
+    parser.add_argument("--rows", type=int, help=f"only so many rows a task (default: all; {DRAWN_ROWS} of drawn ones)")
     parser.add_argument("--batch-size", type=int, default=50, help="rows answered together")
     parser.add_argument("--contract", choices=list(CONTRACTS), default="greedy", help="how answers come about")
     parser.add_argument("--scorer", choices=get_args(Scorer), default="official", help="what counts as right")
@@ -95,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 data,
                 options.out,
                 config,
-                options.preset,
+                options.preset or ("task" if options.data_directory else "miniature"),
                 samples=options.samples,
                 device=options.device,
                 backend=_backend(options),
@@ -142,9 +147,19 @@ def _named(options: argparse.Namespace) -> tuple[dict[str, Path], Literal["dev",
         if name not in (*TASK_NAMES[source], *GENERAL_NAMES[source]):
             fix = "use one of " + ", ".join((*TASK_NAMES[source], *GENERAL_NAMES[source]))
             raise UserError(f"There is no task {name} of the source '{source}'.", fix)
-    count = options.rows or 200
-    config = DataConfig(source=source, directory=options.data_directory, train=1, dev=count, test=count, general=count)
-    general = [name for name in options.tasks if name not in TASK_NAMES[source]]
+    hub = source == "hub"
+    count = options.rows or (EVERY_ROW if hub else DRAWN_ROWS)
+    config = DataConfig(
+        source=source,
+        directory=options.data_directory,
+        train=1,
+        dev=count,
+        test=count,
+        general=count,
+        at_most=hub and options.rows is None,
+    )
+    # Of prepared tasks only test may be general, and nothing is trained here; drawn ones are general by name.
+    general = [name for name in options.tasks if (options.split == "test" if hub else name not in TASK_NAMES[source])]
     tasks = [name for name in options.tasks if name not in general]
     prepared = prepare(config, tasks, general, options.out / "data", splits=(options.split,))
     return {name: prepared.path(name, options.split) for name in options.tasks}, options.split

@@ -1,14 +1,18 @@
 """Anybody's checkpoint in one command: tasks by name, what is missing in words, nothing asked twice."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cpt_rft.data.pipeline import prepare_task
 from cpt_rft.errors import CheckpointError
 from eval.__main__ import main
 from eval.foreign import lacking, refuse_unfit
-from eval.records import read_records, record_path
+from eval.records import read_contracts, read_records, record_path
+from tests.helpers.listed_task import ListedTask, row
+from tests.test_pipeline import LOOSE
 
 BASE = Path(__file__).resolve().parents[1] / "cpt_rft/miniature/base"
 
@@ -46,6 +50,37 @@ def test_a_plain_directory_is_evaluated_on_tasks_by_name(tmp_path: Path, capsys:
     assert path.stat().st_mtime_ns == made
     assert len(read_records(record_path(out, "mini_pope", "direct"))) == 3
     assert "mini_pope" in capsys.readouterr().out
+
+
+def test_prepared_tasks_by_name_all_their_rows_and_abilities_too(tmp_path: Path) -> None:
+    """Rows as 'cpt-rft data prepare' leaves them: twelve of each split, of an ability those of test alone."""
+    directory = tmp_path / "there"
+    for first, name in ((0, "geometry3k"), (100, "pope")):
+        general = name == "pope"
+        rows = {
+            split: [replace(row(first + 20 * part + n, split), task=name) for n in range(12)]
+            for part, split in enumerate(("test",) if general else ("train", "dev", "test"))
+        }
+        prepare_task(ListedTask(rows, name=name, general=general), tmp_path, directory, LOOSE)
+    command = [str(BASE), "--tasks", "geometry3k", "pope", "--data-directory", str(directory), "--styles", "direct"]
+    command += ["--max-new-tokens", "3"]
+    out = tmp_path / "all"
+    assert main([*command, "--out", str(out)]) == 0
+    assert {task: len(read_records(record_path(out, task, "direct"))) for task in ("geometry3k", "pope")} == {
+        "geometry3k": 12,
+        "pope": 12,
+    }
+    [terms] = read_contracts(out).values()
+    assert terms["prompts"]["preset"] == "task"
+    assert main([*command, "--rows", "5", "--out", str(tmp_path / "five")]) == 0
+    assert len(read_records(record_path(tmp_path / "five", "pope", "direct"))) == 5
+    assert main([*command, "--rows", "13", "--out", str(tmp_path / "more")]) == 2
+    dev = [*command[:2], "geometry3k", *command[4:], "--split", "dev", "--preset", "miniature"]
+    assert main([*dev, "--out", str(tmp_path / "dev")]) == 0
+    records = read_records(record_path(tmp_path / "dev", "geometry3k", "direct"))
+    assert len(records) == 12 and not {one.id for one in records} & {
+        one.id for one in read_records(record_path(out, "geometry3k", "direct"))
+    }
 
 
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
