@@ -14,7 +14,7 @@ def describe(package: str) -> str:
     except PackageNotFoundError:
         return f"{package}: not installed"
     origin = found.read_text("direct_url.json") or ""
-    return f"{package} {found.version}" + (" (from the submodule)" if '"editable": true' in origin else "")
+    return f"{package} {found.version}" + (" (from this checkout)" if '"editable": true' in origin else "")
 
 
 if __name__ == "__main__":
