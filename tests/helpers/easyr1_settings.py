@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.config.engine import EasyR1Config, parse_engine
+from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import GrpoMethod
 from cpt_rft.engines.easyr1.native import Files
 from cpt_rft.vision import VisionSpec
@@ -17,9 +17,7 @@ SEVEN_B = {"num_attention_heads": 28, "num_key_value_heads": 4}
 def engine(**changes: Any) -> EasyR1Config:
     """EasyR1 on eight GPUs of this machine."""
     stated = {"name": "easyr1", "device": "cuda", "dtype": "bfloat16", "processes": 8, **changes}
-    config = parse_engine(stated)
-    assert isinstance(config, EasyR1Config)
-    return config
+    return EasyR1Config.model_validate(stated)
 
 
 def grpo(**changes: Any) -> GrpoMethod:
