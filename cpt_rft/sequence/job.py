@@ -241,7 +241,12 @@ def _do_tries(run: Run, chain: Chain, job: Job, todo: list[StageState], emit: Em
 
 
 def _gist(line: StepLog) -> str:
-    """The one number that tells how a step went."""
-    if line.reward is not None:
-        return f"reward {line.reward:.2f}"
-    return "skipped" if line.loss is None else f"loss {line.loss:.3f}"
+    """How a step went, the most telling first, since a narrow terminal cuts the end."""
+    parts = {"reward": (line.reward, ".2f"), "loss": (line.loss if line.reward is None else None, ".3f")}
+    parts |= {"accuracy": (line.accuracy, ".2f"), "KL": (line.kl, ".3f"), "length": (line.length, ".0f")}
+    words = [f"{name} {value:{form}}" for name, (value, form) in parts.items() if value is not None]
+    if line.loss is None and line.reward is None:
+        words.insert(0, "skipped")
+    if line.seconds > 0:
+        words.append(f"{line.tokens / line.seconds:,.0f} tokens/s")
+    return ", ".join(words)

@@ -1,0 +1,47 @@
+"""The tries of a filter by vLLM, in its own environment."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpt_rft.config.engine import EasyR1Config, parse_engine
+from cpt_rft.config.methods import GrpoMethod
+from cpt_rft.engines.base import Stage
+from cpt_rft.engines.local.rollouts import LocalAttempt
+from cpt_rft.miniature.world import make_rows
+from cpt_rft.sequence.tries import VllmAttempt
+from tests.helpers.tree import ROOT
+
+BASE = ROOT / "cpt_rft" / "miniature" / "base"
+
+
+@pytest.mark.full  # 40 s
+def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So cold that both take the likeliest token: then texts must be equal, and end alike."""
+    root = Path(os.environ.get("CPT_RFT_ENVS", ROOT / ".envs"))
+    environment = max(root.glob("vllm-*/ready")).parent
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    config = {"name": "easyr1", "device": "cuda", "dtype": "bfloat16", "processes": 1, "environment": str(environment)}
+    engine = parse_engine(config)
+    assert isinstance(engine, EasyR1Config)
+    stated = {"kind": "grpo", "name": "rif", "style": "cot", "lr": 1e-4, "prompts_per_step": 4, "micro_batch": 4}
+    stated |= {"group": 4, "temperature": 0.001, "max_new_tokens": 14, "max_prompt_tokens": 128}
+    stated["filter"] = {"rollouts": 3, "rule": "drop_zero_correct"}
+    method = GrpoMethod.model_validate_json(json.dumps(stated))
+    stage = Stage(tmp_path, BASE, BASE, ("mini_gqa",), (), method, engine, "miniature", 0, ("tries",))
+    rows = make_rows("mini_gqa", "train", 40, 0)
+    attempt = VllmAttempt(stage, engine)
+    attempt.vllm.dtype, attempt.vllm.engine = "float32", {"enforce_eager": True, "max_num_seqs": 64}
+    try:
+        theirs = attempt(rows)
+    finally:
+        attempt.close()
+    ours = LocalAttempt(stage, torch.float32, "cpu")(rows)
+    assert {len(tries) for tries in theirs} == {3}
+    pairs = [pair for tries, others in zip(ours, theirs, strict=True) for pair in zip(tries, others, strict=True)]
+    same = sum(one == other for one, other in pairs)
+    assert same >= 0.97 * len(pairs)
+    assert {each.ended for tries in theirs for each in tries} == {True, False}
