@@ -31,7 +31,7 @@ from cpt_rft.data.source import Source
 from cpt_rft.tasks.base import Task, TaskConfig
 
 DISTINCT = 64  # pictures that are really drawn; the others are variants of them
-BARE = 500  # pictures that are decoded barely, before and after each prepare
+BARE = 2000  # pictures that are decoded barely, before and after each prepare
 
 
 class Pictures(Task):

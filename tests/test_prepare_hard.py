@@ -223,11 +223,15 @@ def test_memory_does_not_grow_with_the_set() -> None:
 
 @pytest.mark.campaign(name="prepare_80000")
 def test_80_000_pictures_fit_in_memory(record_property: Callable[[str, object], None]) -> None:
-    """By two processes, as the command line prepares on two cores; the rate is of processor time, all of it."""
-    result = benchmark("--pictures", 80_000, "--processes", 2)
-    record_property("prepare", result)
-    assert result["peak_mib"] < 1500
-    assert result["processes"]["2"]["share_of_bare"] >= 0.8
+    """By two processes, as the command line prepares on two cores. The rate is of processor time, all of it, and is
+    taken in turns, each between two stretches of bare decoding: a machine's speed wanders within minutes.
+    """
+    large = benchmark("--pictures", 80_000, "--processes", 2)
+    turns = benchmark("--pictures", 8_000, "--processes", 2, "--rounds", 7)
+    record_property("prepare", large)
+    record_property("prepare_in_turns", turns)
+    assert large["peak_mib"] < 1500
+    assert turns["processes"]["2"]["share_of_bare"] >= 0.8
 
 
 @pytest.mark.campaign(name="scale_prepare")

@@ -169,7 +169,8 @@ def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Exampl
                 return
             # Through a file: a pipe hands over 64 kB at a time, each in a buffer as large as all that is left.
             handed = path.with_suffix(HANDED)
-            handed.write_bytes(pickle.dumps(part, pickle.HIGHEST_PROTOCOL))
+            with handed.open("wb") as file:
+                pickle.dump(part, file, pickle.HIGHEST_PROTOCOL)
             waiting.append(pool.submit(_work, handed, path))
             while len(waiting) > processes:  # one part more than can be worked on, so that memory stays bounded
                 waiting.popleft().result()
@@ -201,7 +202,8 @@ def _end_with_parent() -> None:
 
 def _work(handed: Path, path: Path) -> None:
     assert _checker is not None
-    part = pickle.loads(handed.read_bytes())
+    with handed.open("rb") as file:
+        part = pickle.load(file)
     handed.unlink()
     make_part(_checker, part, path)
 
