@@ -133,13 +133,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, str]:
 
 @pytest.mark.full
 def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(tmp_path: Path, short: tuple[Kind, str]) -> None:
-    """About 50 seconds with the run without a stop."""
+    """About 45 seconds, and as many for the run without a stop."""
     check_one_kill(tmp_path / "stage", *short)
 
 
 @pytest.mark.full
 def test_a_disk_that_is_full_while_a_resume_point_is_saved(tmp_path: Path, short: tuple[Kind, str]) -> None:
-    """A real disk too small for two resume points, then one with room; about 35 seconds."""
+    """A real disk too small for two resume points, then one with room; about 45 seconds."""
     kind, whole = short
     source, mount = tmp_path / "source", tmp_path / "mount"
     source.mkdir()
