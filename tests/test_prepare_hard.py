@@ -223,21 +223,19 @@ def test_memory_does_not_grow_with_the_set() -> None:
 
 @pytest.mark.campaign(name="prepare_80000")
 def test_80_000_pictures_fit_in_memory(record_property: Callable[[str, object], None]) -> None:
-    """By two processes, as the command line prepares on two cores. The rate is of processor time, all of it, and is
-    taken in turns, each between two stretches of bare decoding: a machine's speed wanders within minutes.
-    """
-    large = benchmark("--pictures", 80_000, "--processes", 2)
-    turns = benchmark("--pictures", 8_000, "--processes", 2, "--rounds", 7)
-    record_property("prepare", large)
-    record_property("prepare_in_turns", turns)
-    assert large["peak_mib"] < 1500
-    assert turns["processes"]["2"]["share_of_bare"] >= 0.8
+    """By two processes, as the command line prepares on two cores; the rate is for `scale_prepare` to judge."""
+    result = benchmark("--pictures", 80_000, "--processes", 2)
+    record_property("prepare", result)
+    assert result["peak_mib"] < 1500
 
 
 @pytest.mark.campaign(name="scale_prepare")
 def test_two_processes_cost_what_one_does(record_property: Callable[[str, object], None]) -> None:
-    """What a picture costs must not rise; how far the clock follows depends on what else the cores do."""
-    result = benchmark("--pictures", 6_000, "--processes", 1, 2, "--rounds", 3)
+    """What a picture costs must not rise; how far the clock follows depends on what else the cores do.
+
+    Red when last run, on a quiet machine: 0.78 of the bare rate with one process, 0.64 with two (docs/log.md).
+    """
+    result = benchmark("--pictures", 8_000, "--processes", 1, 2, "--rounds", 3)
     record_property("prepare", result)
     one, two = result["processes"]["1"], result["processes"]["2"]
     assert min(one["share_of_bare"], two["share_of_bare"]) >= 0.8
