@@ -11,6 +11,7 @@ from cpt_rft.engines.easyr1.estimate import checkpoint_bytes, memory, seconds, w
 from cpt_rft.engines.llamafactory.estimate import Shape
 from cpt_rft.errors import ConfigError, StageError
 from cpt_rft.sequence.doctor import examine
+from cpt_rft.sequence.doctor_easyr1 import _fits
 from cpt_rft.sequence.finding import Finding
 from cpt_rft.sequence.plan import Selection
 from cpt_rft.sequence.status import plan, plan_table
@@ -174,3 +175,13 @@ def test_the_doctor_refuses_what_may_not_be_in_the_environment(tmp_path):
     found = looked(tmp_path, f"rft_engine.environment={place}")
     assert found["EasyR1's environment"].word == "problem" and "omegaconf==2.3.0" in found["EasyR1's environment"].fix
     assert found["Ray"].word == "ok" and "a Ray of its own" in found["Ray"].text
+
+
+def test_the_doctor_says_whether_the_worst_moments_fit_a_gpu(tmp_path):
+    experiment = load_experiment(SMOKE, [*ON_CPU, f"output={tmp_path / 'run'}"])
+    chains = Selection(("grpo",)).chains(experiment, tmp_path / "run")
+    base = ROOT / "cpt_rft" / "miniature" / "base"
+    roomy = _fits(engine(processes=2), chains, base, 80 * 2**30)
+    assert roomy.word == "ok" and "80.0 GiB a GPU" in roomy.text
+    tight = _fits(engine(processes=2), chains, base, 2**20)
+    assert tight.word == "problem" and "gpu_memory_utilization" in tight.fix

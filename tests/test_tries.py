@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,14 @@ from cpt_rft.engines.base import Stage
 from cpt_rft.engines.local.rollouts import LocalAttempt
 from cpt_rft.miniature.world import make_rows
 from cpt_rft.sequence.tries import VllmAttempt
+from eval.backends import BackendError
 from tests.helpers.tree import ROOT
 
 BASE = ROOT / "cpt_rft" / "miniature" / "base"
 
 
-@pytest.mark.full  # 40 s
-def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So cold that both take the likeliest token: then texts must be equal, and end alike."""
-    root = Path(os.environ.get("CPT_RFT_ENVS", ROOT / ".envs"))
-    environment = max(root.glob("vllm-*/ready")).parent
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+def stage_and_engine(directory: Path, environment: Path) -> tuple[Stage, EasyR1Config]:
+    """A stage whose filter is so cold that every try takes the likeliest token, as if on a GPU."""
     config = {"name": "easyr1", "device": "cuda", "dtype": "bfloat16", "processes": 1, "environment": str(environment)}
     engine = parse_engine(config)
     assert isinstance(engine, EasyR1Config)
@@ -31,7 +29,15 @@ def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: p
     stated |= {"group": 4, "temperature": 0.001, "max_new_tokens": 14, "max_prompt_tokens": 128}
     stated["filter"] = {"rollouts": 3, "rule": "drop_zero_correct"}
     method = GrpoMethod.model_validate_json(json.dumps(stated))
-    stage = Stage(tmp_path, BASE, BASE, ("mini_gqa",), (), method, engine, "miniature", 0, ("tries",))
+    return Stage(directory, BASE, BASE, ("mini_gqa",), (), method, engine, "miniature", 0, ("tries",)), engine
+
+
+@pytest.mark.full  # 40 s
+def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts must be equal, and end alike."""
+    root = Path(os.environ.get("CPT_RFT_ENVS", ROOT / ".envs"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    stage, engine = stage_and_engine(tmp_path, max(root.glob("vllm-*/ready")).parent)
     rows = make_rows("mini_gqa", "train", 40, 0)
     attempt = VllmAttempt(stage, engine)
     attempt.vllm.dtype, attempt.vllm.engine = "float32", {"enforce_eager": True, "max_num_seqs": 64}
@@ -44,3 +50,10 @@ def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: p
     pairs = [pair for tries, others in zip(ours, theirs, strict=True) for pair in zip(tries, others, strict=True)]
     same = sum(one == other for one, other in pairs)
     assert same >= 0.97 * len(pairs)
+
+
+def test_an_environment_without_vllm_is_one_clear_line(tmp_path: Path) -> None:
+    attempt = VllmAttempt(*stage_and_engine(tmp_path, Path(sys.prefix)))
+    with pytest.raises(BackendError, match="vLLM ended: ModuleNotFoundError: No module named 'vllm'"):
+        attempt(make_rows("mini_gqa", "train", 2, 0))
+    attempt.close()
