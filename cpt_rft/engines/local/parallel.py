@@ -108,6 +108,7 @@ def main() -> int:
     try:
         team = Processes(stage.engine.device)
         train_stage(stage, team, lambda line: send({"step": asdict(line)}))
+        team.leave()
     except UserError as error:
         send({"error": type(error).__name__, "problem": error.problem, "fix": error.fix})
         return 1

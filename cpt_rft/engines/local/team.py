@@ -104,6 +104,10 @@ class Processes(Team):
         """See `Team.told`."""
         return self._everyone(value)[0]
 
+    def leave(self) -> None:
+        """Take the threads of the group down while the interpreter still stands; at its end they would abort it."""
+        torch.distributed.destroy_process_group()
+
     def _everyone(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         from accelerate.utils import gather_object
