@@ -17,12 +17,15 @@ from torch import nn
 
 from cpt_rft.checkpoint import load_policy
 from cpt_rft.config.engine import LocalConfig, parse_engine
+from cpt_rft.config.load import load_experiment
 from cpt_rft.engines.base import get_engine
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.team import Processes
 from cpt_rft.engines.local.zero import Sharing, _Handover, deepspeed_settings
 from cpt_rft.errors import ConfigError
 from cpt_rft.miniature.world import make_rows
+from cpt_rft.sequence.native import native_plan
+from cpt_rft.sequence.plan import Selection
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft
 from tests.helpers.llamafactory import environment
 from tests.helpers.tiny_run import unmeasured
@@ -70,6 +73,14 @@ def test_a_method_that_needs_all_float32_weights_is_refused(base: Path, tmp_path
     stage = make_stage(tmp_path / "stage", base, sft(**{key: value}), make_rows(TASK, "train", 4, 1), **ZERO2)
     with pytest.raises(ConfigError, match=rf"sft holds the float32 weights back by {key}.*engine\.deepspeed=none"):
         get_engine(stage.engine).train(stage, print)
+
+
+def test_the_plan_says_so_too(tmp_path: Path) -> None:
+    words = ["methods=[sft_ewc, sft]", "engine.processes=2", "engine.deepspeed=zero2", f"output={tmp_path / 'run'}"]
+    study = load_experiment(ROOT / "configs/experiments/smoke.yaml", words)
+    assert native_plan(study, Selection(("sft",)).chains(study, tmp_path), ROOT) == {}
+    with pytest.raises(ConfigError, match="sft_ewc holds the float32 weights back by ewc"):
+        native_plan(study, Selection(("sft_ewc",)).chains(study, tmp_path), ROOT)
 
 
 def test_another_sharing_has_resume_points_of_its_own(base: Path, tmp_path: Path) -> None:
