@@ -83,6 +83,10 @@ def main(dtype: torch.dtype) -> None:
         expected = alone.step(step, 1.0)
         assert expected.moved
     whole = shared.named_weights()
+    half = -(-sum(weight.numel() for weight in exact.values()) // SIZE) + 2  # DeepSpeed rounds up to even numbers
+    (kept,) = shared.adam.param_groups[0]["params"]
+    assert all(part.numel() <= half for part in (kept, *shared.adam.state[kept].values())), "not in parts"
+    assert all(weight.grad is None for weight in start.parameters()), "a gradient that is kept whole"
     if team.leads:
         gap = sum(float((whole[name] - weight).square().sum()) for name, weight in alone.named_weights().items())
         moved = sum(float((whole[name] - exact[name]).square().sum()) for name in exact)
