@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cpt_rft.config.engine import LocalConfig
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.restrain import WeightPenalty
 from cpt_rft.engines.local.zero import ShardedOptimiser, Sharing
 from tests.helpers.engine import sft
 
@@ -63,6 +64,11 @@ def main(dtype: torch.dtype) -> None:
     start = towers()
     exact = {name: weight.detach().clone() for name, weight in start.named_parameters() if weight.requires_grad}
     shared = ShardedOptimiser(start, method, STEPS, dtype=dtype, max_skipped=3, team=team)
+    held = (
+        {name: weight + 0.3 for name, weight in exact.items()},
+        {name: weight.exp() for name, weight in exact.items()},
+    )
+    penalties: dict[int, float] = {}
     alone_model = towers()
     alone = Optimiser(alone_model, method, STEPS, dtype=dtype, max_skipped=3)
 
@@ -73,6 +79,7 @@ def main(dtype: torch.dtype) -> None:
         for loss in own(losses(start, step), team.rank):
             shared.backward(loss)
         team.told("all exchange something, whatever each has handed over")
+        penalties[step] = WeightPenalty(shared, 0.5, *map(shared.flat, held)).gradients([], shared.backward)
         assert shared.step(step, 1.0).moved
 
     same(shared.named_weights(), exact)  # the float32 weights that bfloat16 would have rounded
@@ -80,8 +87,9 @@ def main(dtype: torch.dtype) -> None:
         train(step)
         for loss in losses(alone_model, step):
             alone.backward(loss)
-        expected = alone.step(step, 1.0)
-        assert expected.moved
+        penalty = WeightPenalty(alone, 0.5, *map(alone.flat, held)).gradients([], alone.backward)
+        assert abs(penalties[step] - penalty) <= 1e-2 * penalty
+        assert alone.step(step, 1.0).moved
     whole = shared.named_weights()
     half = -(-sum(weight.numel() for weight in exact.values()) // SIZE) + 2  # DeepSpeed rounds up to even numbers
     (kept,) = shared.adam.param_groups[0]["params"]

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,14 @@ class BaseOptimiser(ABC):
         steps: Steps of the stage.
         max_skipped: More steps than this without a finite loss and gradient end the stage.
         team: The processes that share each step.
+
+    Attributes:
+        master: The float32 weights that this process keeps, as one vector: all, or its own part.
     """
+
+    in_parts: ClassVar[bool] = False
+    """Whether each process keeps weights of its own."""
+    master: Tensor
 
     def __init__(self, model: nn.Module, method: MethodConfig, steps: int, max_skipped: int, team: Team) -> None:
         self.team = team
@@ -53,6 +60,10 @@ class BaseOptimiser(ABC):
         Raises:
             TrainingError: Too many steps were skipped.
         """
+
+    @abstractmethod
+    def flat(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """What has a number a weight, by its released name or the one in memory, in the form of ``master``."""
 
     @abstractmethod
     def named_weights(self) -> dict[str, Tensor]:
@@ -79,6 +90,11 @@ class BaseOptimiser(ABC):
                 f"lower the learning rate (it is {self.method.lr:g}) or train in float32 (engine.dtype=float32)",
             )
         return StepOutcome(None, lr, False)
+
+    def _ordered(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """What stands by a released name or the one in memory, as one vector a weight."""
+        released = {released_name(name): value for name, value in weights.items()}
+        return [released[released_name(name)].detach().flatten() for name in self.shapes]
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split([shape.numel() for shape in self.shapes.values()])
@@ -156,28 +172,9 @@ class Optimiser(BaseOptimiser):
         self._publish()
         return StepOutcome(norm, lr, True)
 
-    def take(self) -> dict[str, Tensor]:
-        """The gradient gathered since the last step, by name, for another purpose than a step."""
-        assert self.master.grad is not None
-        gradient = self.master.grad.clone()
-        self.master.grad.zero_()
-        return dict(zip(self.shapes, self._views(gradient), strict=True))
-
     def flat(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Something that has a number a weight, by its released name or the one in memory, as one vector of ours."""
-        released = {released_name(name): value for name, value in weights.items()}
-        pieces = [released[released_name(name)].detach().flatten() for name in self.shapes]
-        return torch.cat([piece.to(self.master.device, torch.float32) for piece in pieces])
-
-    def named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same by the names in memory."""
-        return dict(zip(self.shapes, self._views(self.flat(weights)), strict=True))
-
-    def assign(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from other weights."""
-        with torch.no_grad():
-            self.master.copy_(self.flat(weights))
-        self._publish()
+        """See `BaseOptimiser.flat`."""
+        return torch.cat([piece.to(self.master.device, torch.float32) for piece in self._ordered(weights)])
 
     def named_weights(self) -> dict[str, Tensor]:
         """See `BaseOptimiser.named_weights`."""

@@ -19,7 +19,7 @@ from cpt_rft.engines.local.importance import read_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter, read_down
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, chunks
-from cpt_rft.engines.local.optimise import BaseOptimiser, Optimiser
+from cpt_rft.engines.local.optimise import BaseOptimiser
 from cpt_rft.engines.local.packing import pack_blocks
 from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.prompts import user_text
@@ -37,35 +37,31 @@ class WeightPenalty:
     """EWC or L2: half a weighed sum of squared distances, on the float32 master weights.
 
     Args:
-        master: All weights as one vector.
+        optimiser: Keeps the weights.
         strength: Its weight.
-        anchor: Where it pulls to.
-        importance: How much each weight counts; none for all alike.
-        team: The processes that share a step.
+        anchor: Where it pulls to, in the form of the optimiser's ``master``.
+        importance: How much each weight counts, in the same form; none for all alike.
     """
 
     def __init__(
-        self,
-        master: Tensor,
-        strength: float,
-        anchor: Tensor,
-        importance: Tensor | None = None,
-        team: Team = ALONE,
+        self, optimiser: BaseOptimiser, strength: float, anchor: Tensor, importance: Tensor | None = None
     ) -> None:
-        self.master, self.strength, self.anchor, self.importance = master, strength, anchor, importance
-        self.team = team
+        self.optimiser, self.strength, self.anchor, self.importance = optimiser, strength, anchor, importance
 
     def gradients(self, rows: Sequence[Example], backward: Backward) -> float:
         """See `Restraint.gradients`; the rows do not matter."""
-        weights, anchor = {"all": self.master}, {"all": self.anchor}
+        weights, anchor = {"all": self.optimiser.master}, {"all": self.anchor}
         bare = (
             l2_penalty(weights, anchor)
             if self.importance is None
             else ewc_penalty(weights, anchor, {"all": self.importance})
         )
         penalty = self.strength * bare
-        backward(penalty / self.team.size)  # every process adds its part of what all of them know
-        return float(penalty.detach())
+        team = self.optimiser.team
+        if not self.optimiser.in_parts:
+            penalty = penalty / team.size  # every process adds its part of what all of them know
+        backward(penalty)
+        return team.total(float(penalty.detach()))
 
 
 class Distillation:
@@ -143,13 +139,11 @@ def make_restraints(
     method, team = stage.method, optimiser.team
     restraints: list[Restraint] = []
     if method.l2 is not None:
-        assert isinstance(optimiser, Optimiser)  # `refuse_whole_weights`
         start = optimiser.master.detach().clone()
-        restraints.append(WeightPenalty(optimiser.master, method.l2.strength, start, team=team))
+        restraints.append(WeightPenalty(optimiser, method.l2.strength, start))
     if method.ewc is not None and stage.history:
-        assert isinstance(optimiser, Optimiser)
         importance, anchor = (optimiser.flat(part) for part in read_importance(stage.history[-1].artefacts))
-        restraints.append(WeightPenalty(optimiser.master, method.ewc.strength, anchor, importance, team))
+        restraints.append(WeightPenalty(optimiser, method.ewc.strength, anchor, importance))
     if method.lwf is not None:
         previous = load_policy(stage.parent, dtype=dtype, device=device)
         previous.model.requires_grad_(False)

@@ -31,7 +31,7 @@ from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.engines.local.usage import Usage
-from cpt_rft.engines.local.zero import ShardedOptimiser, Sharing, refuse_whole_weights
+from cpt_rft.engines.local.zero import ShardedOptimiser, Sharing
 from cpt_rft.files import read_json_lines
 from cpt_rft.seeds import derive_seed
 
@@ -41,7 +41,6 @@ class LocalEngine:
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
-        refuse_whole_weights(local_config(stage), stage.method)
         if rounds_of(stage.method) > 1:
             train_rounds(stage, report, _train)
         else:
@@ -106,7 +105,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             journal.save(Progress(step + 1, state))
     trained = optimiser.named_weights()
     if team.leads:
-        _publish(stage, policy, optimiser, trained, adapter)
+        _publish(stage, policy, trained, adapter)
         journal.close()
         clear_rollouts(stage)
 
@@ -138,9 +137,7 @@ def _resume(journal: Journal, optimiser: BaseOptimiser, objective: Objective, te
     return done
 
 
-def _publish(
-    stage: Stage, policy: Policy, optimiser: BaseOptimiser, trained: Mapping[str, Tensor], adapter: Adapter | None
-) -> None:
+def _publish(stage: Stage, policy: Policy, trained: Mapping[str, Tensor], adapter: Adapter | None) -> None:
     """Write the checkpoint and what later stages need beside it, anew if a process was killed at this very point."""
     checkpoint, artefacts = stage.directory / "checkpoint", stage.directory / ARTEFACTS_NAME
     for left in (checkpoint, artefacts):
@@ -150,9 +147,7 @@ def _publish(
     if adapter is not None:
         adapter.save(artefacts / ADAPTER_NAME, trained)
     if stage.method.ewc is not None:
-        assert isinstance(optimiser, Optimiser)  # `refuse_whole_weights`
-        optimiser.assign(weights)
-        leave_importance(stage, policy, optimiser, stage.method.ewc)
+        leave_importance(stage, policy, weights, stage.method.ewc)
     leave_rollouts(stage, artefacts)
 
 

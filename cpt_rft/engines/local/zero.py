@@ -39,21 +39,6 @@ def deepspeed_settings(engine: LocalConfig, method: MethodConfig) -> dict[str, A
     }
 
 
-def refuse_whole_weights(engine: LocalConfig, method: MethodConfig) -> None:
-    """Refuse a method that needs every float32 weight in every process.
-
-    Raises:
-        ConfigError: It is one.
-    """
-    held = [key for key in ("ewc", "l2") if getattr(method, key) is not None]
-    if engine.deepspeed != "none" and held:
-        raise ConfigError(
-            f"{method.name} holds the float32 weights back by {held[0]}, and with engine.deepspeed={engine.deepspeed}"
-            " no process has all of them.",
-            "say engine.deepspeed=none for this method",
-        )
-
-
 class Sharing(Processes):
     """Several processes under DeepSpeed, which adds a micro-batch's gradient up as soon as it is handed over.
 
@@ -136,6 +121,7 @@ class ShardedOptimiser(BaseOptimiser):
         ConfigError: This DeepSpeed cuts the weights in another way than those that are known.
     """
 
+    in_parts = True
     team: Sharing
 
     def __init__(
@@ -153,7 +139,8 @@ class ShardedOptimiser(BaseOptimiser):
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.optimizer.check_grad_overflow = True  # by default only some releases, for some dtypes
         team.join = lambda: self._hand([None] * len(self.weights))
-        if not torch.equal(self._part.cpu(), self._own(start.to(dtype).float())):
+        self.master = self.adam.param_groups[0]["params"][0]  # DeepSpeed has put this process's part there
+        if not torch.equal(self.master.detach().cpu(), self._own(start.to(dtype).float())):
             raise ConfigError(
                 "This release of deepspeed cuts the weights in another way than those that are known.",
                 "install deepspeed==0.18.4, or say engine.deepspeed=none",
@@ -163,9 +150,10 @@ class ShardedOptimiser(BaseOptimiser):
     def backward(self, loss: Tensor) -> None:
         """See `BaseOptimiser.backward`."""
         # DeepSpeed takes the mean over the processes, and the loss is their sum.
-        gradients = torch.autograd.grad(loss * self.team.size, self.weights, allow_unused=True)
+        wanted = [*self.weights, self.master]
+        *gradients, own = torch.autograd.grad(loss * self.team.size, wanted, allow_unused=True)
         self.team.meet()
-        self._hand(list(gradients))
+        self._hand(list(gradients) if own is None else self._spread(own))
 
     def step(self, step: int, loss: float) -> StepOutcome:
         """See `BaseOptimiser.step`."""
@@ -181,18 +169,23 @@ class ShardedOptimiser(BaseOptimiser):
             return self._skip(step, lr)
         return StepOutcome(float(self.engine.get_global_grad_norm()), lr, True)
 
+    def flat(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """See `BaseOptimiser.flat`."""
+        whole = torch.cat([piece.to("cpu", torch.float32) for piece in self._ordered(weights)])
+        return self._own(whole).to(self.master.device)
+
     def named_weights(self) -> dict[str, Tensor]:
         """See `BaseOptimiser.named_weights`; the process that leads gets them, and all must ask."""
-        if self.team.total(not bool(torch.isfinite(self._part).all())):
+        if self.team.total(not bool(torch.isfinite(self.master).all())):
             raise unusable_weights()
-        whole = self._whole(self._part)
+        whole = self._whole(self.master)
         return dict(zip(self.shapes, self._views(whole), strict=True)) if self.team.leads else {}
 
     def state(self) -> dict[str, Any]:
         """See `BaseOptimiser.state`; the process that leads gets it whole, and all must ask."""
         adam = self.adam.state_dict()
         moments = {place: _each(self._whole, values) for place, values in adam["state"].items()}
-        return {"master": self._whole(self._part), "adam": {**adam, "state": moments}, "skipped": self.skipped}
+        return {"master": self._whole(self.master), "adam": {**adam, "state": moments}, "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `BaseOptimiser.restore`."""
@@ -202,25 +195,29 @@ class ShardedOptimiser(BaseOptimiser):
         self.adam.load_state_dict({**adam, "state": moments})
         self.skipped = state["skipped"]
 
-    @property
-    def _part(self) -> Tensor:
-        """This process's part of the float32 weights: DeepSpeed has put it in the optimiser's only group."""
-        part: Tensor = self.adam.param_groups[0]["params"][0].detach()
-        return part
-
     def _hand(self, gradients: list[Tensor | None]) -> None:
         """Hand over gradients of all weights, none for one of zero."""
         self.engine.backward(self.engine(gradients))
 
+    def _spread(self, own: Tensor) -> list[Tensor | None]:
+        """Gradients of all weights from that of a loss on the float32 weights of this process."""
+        own = own.to(self.weights[0].dtype)
+        parts = [own if rank == self.team.rank else torch.zeros_like(own) for rank in range(self.team.size)]
+        return [*self._views(torch.cat(parts)[: self._count])]
+
+    @property
+    def _count(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
     def _go_on_from(self, whole: Tensor) -> None:
         with torch.no_grad():
-            self._part.copy_(self._own(whole))
+            self.master.copy_(self._own(whole))
             for weight, value in zip(self.weights, self._views(whole), strict=True):
                 weight.copy_(value)
 
     def _own(self, whole: Tensor) -> Tensor:
         """This process's part of a vector of all weights; the last part ends in zeros."""
-        size = self._part.numel()
+        size = self.master.numel()
         own = whole[self.team.rank * size : (self.team.rank + 1) * size]
         return F.pad(own, (0, size - own.numel()))
 
@@ -231,8 +228,7 @@ class ShardedOptimiser(BaseOptimiser):
             every = self.team.accelerator.gather(piece).view(self.team.size, -1)
             if self.team.leads:
                 pieces.append(every.cpu())
-        count = sum(shape.numel() for shape in self.shapes.values())
-        return torch.cat(pieces, dim=1).flatten()[:count] if pieces else torch.empty(0)
+        return torch.cat(pieces, dim=1).flatten()[: self._count] if pieces else torch.empty(0)
 
 
 class _Handover(nn.Module):
