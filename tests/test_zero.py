@@ -82,6 +82,7 @@ def test_nothing_is_left_to_a_trainer(dtype: str) -> None:
     assert settings["zero_optimization"]["stage"] == 2
     assert settings["gradient_clipping"] == 0.7
     assert settings["bf16"] == {"enabled": dtype == "bfloat16"}
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "auto" not in json.dumps(settings)
 
 

@@ -31,7 +31,10 @@ def deepspeed_settings(engine: LocalConfig, method: MethodConfig) -> dict[str, A
     """The DeepSpeed file of an engine, with what it leaves to a trainer (``auto``) filled in or left to DeepSpeed."""
     text = (DEEPSPEED_FILES / f"{engine.deepspeed}.json").read_text(encoding="utf-8")
     settings = {key: value for key, value in json.loads(text).items() if value != "auto"}
-    return settings | {
+    exact = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    return {
+        **exact,
+        **settings,
         "train_micro_batch_size_per_gpu": 1,  # it computes none; without a number accelerate wants a data loader
         "gradient_accumulation_steps": 1,
         "gradient_clipping": method.max_grad_norm,
@@ -107,7 +110,7 @@ def join_team(stage: Stage) -> Processes:
 class ShardedOptimiser(BaseOptimiser):
     """AdamW under ZeRO-2; see `cpt_rft.engines.local.optimise.Optimiser`.
 
-    Differs from: DeepSpeed adds up gradients in the arithmetic's dtype.
+    Differs from: of bfloat16 gradients DeepSpeed 0.18 rounds every sum to bfloat16, 0.19 only some.
 
     Args:
         model: A float32 model; its parameters become views of DeepSpeed's buffer, in ``dtype``.
