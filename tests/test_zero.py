@@ -21,7 +21,7 @@ from cpt_rft.engines.base import ARTEFACTS_NAME, EarlierStage
 from cpt_rft.engines.local.importance import read_importance
 from cpt_rft.engines.local.resume import stage_fingerprint
 from cpt_rft.engines.local.team import Processes
-from cpt_rft.engines.local.zero import Sharing, _Handover, deepspeed_settings
+from cpt_rft.engines.local.zero import Handover, Sharing, deepspeed_settings
 from cpt_rft.errors import ConfigError
 from cpt_rft.miniature.world import make_rows
 from tests.helpers.engine import TASK, grpo, make_base, make_stage, run, sft
@@ -90,7 +90,7 @@ def test_gradients_computed_before_are_handed_over() -> None:
     weights = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(()))]
     gradients = [torch.arange(6.0).view(2, 3), None, torch.tensor(5.0)]
     given = list(gradients)
-    _Handover(weights)(given).backward()
+    Handover(weights)(given).backward()
     assert not given, "they would stay in memory until the next ones"
     for weight, gradient in zip(weights, gradients, strict=True):
         assert weight.grad is not None

@@ -17,6 +17,7 @@ from cpt_rft.config.engine import LocalConfig
 from cpt_rft.engines.local.optimise import Optimiser
 from cpt_rft.engines.local.restrain import WeightPenalty
 from cpt_rft.engines.local.zero import ShardedOptimiser, Sharing
+from cpt_rft.errors import TrainingError
 from tests.helpers.engine import sft
 
 STEPS, SIZE = 6, 2
@@ -121,6 +122,15 @@ def main(dtype: torch.dtype) -> None:
     same(shared.named_weights(), whole)
     train(3)
     same(shared.named_weights(), after)
+
+    if team.rank == 1:
+        shared.master.data[0] = float("nan")
+    for give in (shared.named_weights, shared.state):
+        try:
+            give()
+        except TrainingError:
+            continue
+        raise AssertionError("weights that are not finite were given away")
     team.leave()
 
 

@@ -138,7 +138,7 @@ class ShardedOptimiser(BaseOptimiser):
         self.adam = torch.optim.AdamW(
             self.weights, lr=method.lr, betas=method.betas, weight_decay=method.weight_decay, fused=True
         )
-        self.engine, _ = team.accelerator.prepare(_Handover(self.weights), self.adam)
+        self.engine, _ = team.accelerator.prepare(Handover(self.weights), self.adam)
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.optimizer.check_grad_overflow = True  # by default only some releases, for some dtypes
         team.join = lambda: self._hand([None] * len(self.weights))
@@ -156,7 +156,7 @@ class ShardedOptimiser(BaseOptimiser):
         wanted = [*self.weights, self.master]
         *gradients, own = torch.autograd.grad(loss * self.team.size, wanted, allow_unused=True)
         self.team.meet()
-        self._hand(list(gradients) if own is None else self._spread(own))
+        self._hand(gradients if own is None else self._spread(own))
 
     def step(self, step: int, loss: float) -> StepOutcome:
         """See `BaseOptimiser.step`."""
@@ -179,13 +179,13 @@ class ShardedOptimiser(BaseOptimiser):
 
     def named_weights(self) -> dict[str, Tensor]:
         """See `BaseOptimiser.named_weights`; the process that leads gets them, and all must ask."""
-        if self.team.total(not bool(torch.isfinite(self.master).all())):
-            raise unusable_weights()
+        self._refuse_broken()
         whole = self._whole(self.master)
         return dict(zip(self.shapes, self._views(whole), strict=True)) if self.team.leads else {}
 
     def state(self) -> dict[str, Any]:
         """See `BaseOptimiser.state`; the process that leads gets it whole, and all must ask."""
+        self._refuse_broken()
         adam = self.adam.state_dict()
         moments = {place: _each(self._whole, values) for place, values in adam["state"].items()}
         return {"master": self._whole(self.master), "adam": {**adam, "state": moments}, "skipped": self.skipped}
@@ -197,6 +197,10 @@ class ShardedOptimiser(BaseOptimiser):
         moments = {place: _each(self._own, values) for place, values in adam["state"].items()}
         self.adam.load_state_dict({**adam, "state": moments})
         self.skipped = state["skipped"]
+
+    def _refuse_broken(self) -> None:
+        if self.team.total(not bool(torch.isfinite(self.master).all())):
+            raise unusable_weights()
 
     def _hand(self, gradients: list[Tensor | None]) -> None:
         """Hand over gradients of all weights, none for one of zero."""
@@ -234,7 +238,7 @@ class ShardedOptimiser(BaseOptimiser):
         return torch.cat(pieces, dim=1).flatten()[: self._count] if pieces else torch.empty(0)
 
 
-class _Handover(nn.Module):
+class Handover(nn.Module):
     """All that DeepSpeed sees of a model: trained weights, and a forward pass whose backward pass gives them gradients.
 
     It adds gradients up in the order in which a backward pass makes them, which must be that of all processes; but one
