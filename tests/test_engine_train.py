@@ -272,5 +272,5 @@ def test_threads_are_set() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named() -> None:
-    with pytest.raises(ConfigError, match="no usable GPU"):
+    with pytest.raises(ConfigError, match="the engine local is cuda, but this machine has no usable GPU"):
         prepare(LocalConfig(name="local", device="cuda"))

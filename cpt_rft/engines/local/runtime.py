@@ -18,7 +18,10 @@ def resolve(config: EngineConfig) -> EngineConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device is {device}, but this machine has no usable GPU.", "set engine.device=auto")
+        raise ConfigError(
+            f"the device of the engine {config.name} is {device}, but this machine has no usable GPU.",
+            "set it to auto: engine.device=auto, or rft_engine.device=auto for an rft_engine",
+        )
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if _has_bfloat16(device) else "float32"
