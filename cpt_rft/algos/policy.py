@@ -138,7 +138,7 @@ def vespo_loss(
 ) -> Tensor:
     """Loss a token: REINFORCE weighed by ``w^k exp(l (1 - w))`` of the ratio ``w`` of the whole sequence.
 
-    Source: VESPO, arXiv 2602.10693 section 3.5, equation 20; TRL@v1.16.0 trl/trainer/grpo_trainer.py
+    Source: VESPO, arXiv 2602.10693 version 3, section 3.5, equation 20; TRL@v1.16.0 trl/trainer/grpo_trainer.py
     get_gamma_weights, _compute_loss (vespo).
 
     Args:

@@ -30,7 +30,7 @@ class _Piece(NamedTuple):
 class PrefixObjective(GrpoObjective):
     """Group-relative policy optimisation in which one further completion a prompt has a prefix of the target.
 
-    Source: Prefix-RFT, arXiv 2507.01679 section 3 and appendix A.2 (`cpt_rft.algos.prefix_rft`).
+    Source: Prefix-RFT, arXiv 2507.01679 version 3, section 3 and appendix A.2 (`cpt_rft.algos.prefix_rft`).
     Differs from: the prefixed completion comes on top of the group, where the source's takes the place of a free one;
     ratio and clip treat tokens of the prefix like any other, with the policy before the step below them; the surest
     tokens are left out of all prefixes of the step, not of a micro-batch's; continuations have the length limit to
