@@ -11,7 +11,7 @@ from cpt_rft.engines.easyr1.estimate import checkpoint_bytes, memory, seconds, w
 from cpt_rft.engines.llamafactory.estimate import Shape
 from cpt_rft.errors import ConfigError, StageError
 from cpt_rft.sequence.doctor import examine
-from cpt_rft.sequence.doctor_easyr1 import _fits
+from cpt_rft.sequence.doctor_easyr1 import gpu_memory
 from cpt_rft.sequence.finding import Finding
 from cpt_rft.sequence.plan import Selection
 from cpt_rft.sequence.status import plan, plan_table
@@ -181,7 +181,7 @@ def test_the_doctor_says_whether_the_worst_moments_fit_a_gpu(tmp_path):
     experiment = load_experiment(SMOKE, [*ON_CPU, f"output={tmp_path / 'run'}"])
     chains = Selection(("grpo",)).chains(experiment, tmp_path / "run")
     base = ROOT / "cpt_rft" / "miniature" / "base"
-    roomy = _fits(engine(processes=2), chains, base, 80 * 2**30)
+    roomy = gpu_memory(engine(processes=2), chains, base, 80 * 2**30)
     assert roomy.word == "ok" and "80.0 GiB a GPU" in roomy.text
-    tight = _fits(engine(processes=2), chains, base, 2**20)
+    tight = gpu_memory(engine(processes=2), chains, base, 2**20)
     assert tight.word == "problem" and "gpu_memory_utilization" in tight.fix

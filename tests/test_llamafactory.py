@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from cpt_rft.checkpoint import encode_prompts, load_policy
 from cpt_rft.config.engine import LlamaFactoryConfig, parse_engine
 from cpt_rft.data.parquet import read_split, write_split
+from cpt_rft.engines.base import resolve_engine
 from cpt_rft.engines.environment import find_environment, lock_of, locked_versions
 from cpt_rft.engines.llamafactory import COMMIT, RELEASE, native
 from cpt_rft.engines.llamafactory.engine import on_this_machine, supported_method
@@ -149,6 +151,19 @@ def test_weights_that_may_not_have_arrived_are_never_saved(name):
     with pytest.raises(ConfigError, match=rf"engine\.deepspeed is {name}, but on CPU .* garbage"):
         on_this_machine(config(deepspeed=name, processes=2))
     assert on_this_machine(config(deepspeed="zero2", processes=2)).processes == 2
+
+
+def test_a_process_a_gpu_and_never_more(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert on_this_machine(config(device="cuda", processes="auto")).processes == 2
+    assert on_this_machine(config(device="cpu", processes="auto")).processes == 1
+    assert on_this_machine(config(device="cpu", processes=3)).processes == 3
+    with pytest.raises(ConfigError, match="processes of the engine llamafactory is 3, but this machine has 2 GPUs"):
+        on_this_machine(config(device="cuda", processes=3))
+    rft = parse_engine({"name": "easyr1", "device": "cuda", "dtype": "bfloat16", "processes": 3})
+    with pytest.raises(ConfigError, match="processes of the engine easyr1 is 3, but this machine has 2 GPUs"):
+        resolve_engine(rft)
 
 
 def test_ray_and_torchrun_are_never_asked_for_together():

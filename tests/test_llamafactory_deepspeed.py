@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cpt_rft.config.engine import DeepSpeed
-from cpt_rft.engines.llamafactory.native import DEEPSPEED_FILES
+from cpt_rft.engines.environment import DEEPSPEED_FILES
 from cpt_rft.engines.llamafactory.watch import check_zero
 from tests.helpers.llamafactory import BASE, environment, make_stage, sft, whole_gathers
 from tests.helpers.tree import ROOT

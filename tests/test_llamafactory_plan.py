@@ -158,15 +158,30 @@ def test_the_doctor_finds_nothing_wrong_where_nothing_is(tmp_path, monkeypatch):
     assert found["environment"].word == "problem" and "setup_llamafactory.sh" in found["environment"].fix
 
 
-def test_the_doctor_compares_versions_with_the_lock(tmp_path):
-    versions = {**locked_versions("llamafactory"), "torch": "2.13.0+cu130", "transformers": "5.6.0"}
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(f"#!/bin/sh\ncat <<'X'\n{json.dumps(versions)}\nX\n")
+def environment_with(folder: Path, **versions: str) -> Path:
+    """An environment that holds what the lock names, and these instead or besides."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ncat <<'X'\n{json.dumps({**locked_versions('llamafactory'), **versions})}\nX\n")
     python.chmod(0o755)
-    finding = looked(tmp_path, f"engine.environment={tmp_path}")["environment"]
+    return folder
+
+
+def test_the_doctor_compares_versions_with_the_lock(tmp_path):
+    place = environment_with(tmp_path, torch="2.13.0+cu130", transformers="5.6.0")
+    finding = looked(tmp_path, f"engine.environment={place}")["environment"]
     assert finding.word == "warning" and "transformers 5.6.0 instead of 5.5.4." in finding.text
     assert "torch" not in finding.text
+
+
+@pytest.mark.parametrize(
+    ("versions", "missing"),
+    [({}, True), ({"ray": "2.60.0"}, True), ({"ray": "2.60.0", "aiohttp-cors": "0.8.1"}, False)],
+)
+def test_the_doctor_asks_for_ray_with_what_the_framework_needs_of_it(tmp_path, versions, missing):
+    place = environment_with(tmp_path / "env", **versions)
+    finding = looked(tmp_path, f"engine.environment={place}", "engine.ray=true")["environment"]
+    assert (finding.text == "ray[default] is not installed.") == missing
 
 
 def test_the_doctor_finds_a_cut_model_a_taken_port_and_a_full_disk(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,15 @@ from tests.helpers.tree import ROOT
 BASE = ROOT / "cpt_rft" / "miniature" / "base"
 
 
-def stage_and_engine(directory: Path, environment: Path) -> tuple[Stage, EasyR1Config]:
+def stage_and_engine(
+    directory: Path, environment: Path, *, temperature: float = 0.001, **changes: Any
+) -> tuple[Stage, EasyR1Config]:
     """A stage whose filter is so cold that every try takes the likeliest token, as if on a GPU."""
     config = {"name": "easyr1", "device": "cuda", "dtype": "bfloat16", "processes": 1, "environment": str(environment)}
-    engine = parse_engine(config)
+    engine = parse_engine({**config, **changes})
     assert isinstance(engine, EasyR1Config)
     stated = {"kind": "grpo", "name": "rif", "style": "cot", "lr": 1e-4, "prompts_per_step": 4, "micro_batch": 4}
-    stated |= {"group": 4, "temperature": 0.001, "max_new_tokens": 14, "max_prompt_tokens": 128}
+    stated |= {"group": 4, "temperature": temperature, "max_new_tokens": 14, "max_prompt_tokens": 128}
     stated["filter"] = {"rollouts": 3, "rule": "drop_zero_correct"}
     method = GrpoMethod.model_validate_json(json.dumps(stated))
     return Stage(directory, BASE, BASE, ("mini_gqa",), (), method, engine, "miniature", 0, ("tries",)), engine
@@ -50,6 +53,18 @@ def test_vllm_makes_the_tries_of_the_local_engine(tmp_path: Path, monkeypatch: p
     pairs = [pair for tries, others in zip(ours, theirs, strict=True) for pair in zip(tries, others, strict=True)]
     same = sum(one == other for one, other in pairs)
     assert same >= 0.97 * len(pairs)
+
+
+def test_tries_without_a_gpu_are_sampled_as_the_engine_says(tmp_path: Path) -> None:
+    """Hot tries are those of a cold filter where only the likeliest token is left to choose from."""
+    rows = make_rows("mini_gqa", "train", 2, 0)
+    hot, nucleus, cold = (
+        LocalAttempt(
+            stage_and_engine(tmp_path, tmp_path, device="cpu", dtype="float32", **changes)[0], torch.float32, "cpu"
+        )(rows)
+        for changes in ({"temperature": 3.0}, {"temperature": 3.0, "top_p": 1e-6}, {})
+    )
+    assert nucleus == cold != hot
 
 
 def test_an_environment_without_vllm_is_one_clear_line(tmp_path: Path) -> None:

@@ -5,13 +5,20 @@ The text under a field is its help: it appears in the JSON Schema that editors r
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
 from cpt_rft.config.strict import KeyedError, Share, Strict
 
 DeepSpeed = Literal["none", "zero2", "zero3", "zero3_offload"]
+
+
+def _not_zero3(value: Any) -> Any:
+    if value in get_args(DeepSpeed)[2:]:
+        why = "the local engine computes with whole weights, so ZeRO-3 would gather all of them for every step"
+        raise ValueError(f"{value} would save nothing: {why}; use zero2, or the engine llamafactory or easyr1")
+    return value
 
 
 class _Engine(Strict):
@@ -49,6 +56,9 @@ class LocalConfig(_Engine):
     """The engine: `local` trains in process with transformers."""
     processes: PositiveInt = 1
     """Processes that share each step of a stage, through accelerate; on GPUs each takes one."""
+    deepspeed: Annotated[Literal["none", "zero2"], BeforeValidator(_not_zero3)] = "none"
+    """Which of configs/engines/deepspeed/*.json; `none` keeps float32 weights and optimizer whole in every process,
+    `zero2` shares them out (extra `zero`; two processes or more)."""
     gradient_checkpointing: bool = False
     """Compute decoder layers again in the backward pass instead of keeping their values: the same gradients, less
     memory, about a third more time in the update."""
@@ -63,8 +73,15 @@ class LocalConfig(_Engine):
         return self.threads * self.processes
 
     def identity(self) -> dict[str, Any]:
-        """See `_Engine.identity`; one process is not mentioned."""
-        return {key: value for key, value in super().identity().items() if key != "processes" or value > 1}
+        """See `_Engine.identity`; one process, and no DeepSpeed, are not mentioned."""
+        usual = {"processes": 1, "deepspeed": "none"}
+        return {key: value for key, value in super().identity().items() if (key, value) not in usual.items()}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.deepspeed != "none" and self.processes == 1:
+            raise KeyedError(("deepspeed",), f"{self.deepspeed} shares out among processes, so it needs 2 or more")
+        return self
 
 
 class LoraConfig(Strict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from cpt_rft.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DEEPSPEED_FILES = REPOSITORY / "configs" / "engines" / "deepspeed"
 LOCKS = REPOSITORY / "scripts" / "engine_envs"
 # Of the interpreter, the launcher and the build; what a user's shell sets would reach into the environment.
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX")

@@ -143,8 +143,9 @@ def _environment(engine: LlamaFactoryConfig) -> Iterator[Finding]:
     there = installed_versions(place)
     if engine.attention == "fa2" and "flash-attn" not in there:
         yield Finding("environment", "problem", "flash-attn is not installed.", "install it there, or attention=sdpa")
-    if engine.ray and "ray" not in there:
-        yield Finding("environment", "problem", "ray is not installed.", "install it there, or set engine.ray=false")
+    if engine.ray and not {"ray", "aiohttp-cors"} <= there.keys():  # the second comes with the extra alone
+        text, fix = "ray[default] is not installed.", "install it there, or set engine.ray=false"
+        yield Finding("environment", "problem", text, fix)
 
 
 def _gpus(engine: LlamaFactoryConfig, base: Path) -> Iterator[Finding]:

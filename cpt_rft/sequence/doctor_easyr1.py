@@ -74,10 +74,10 @@ def _gpus(engine: EasyR1Config, chains: Sequence[Chain], base: Path) -> Iterator
     if old:
         yield Finding(what, "problem", f"{old[0]} is too old for the framework's attention.", "use A100 or later")
     if base.is_dir():
-        yield _fits(resolved, chains, base, min(card.total_memory for card in cards))
+        yield gpu_memory(resolved, chains, base, min(card.total_memory for card in cards))
 
 
-def _fits(engine: EasyR1Config, chains: Sequence[Chain], base: Path, have: int) -> Finding:
+def gpu_memory(engine: EasyR1Config, chains: Sequence[Chain], base: Path, have: int) -> Finding:
     """Whether the worst moments of a stage fit a GPU."""
     from cpt_rft.engines.easyr1.estimate import memory
     from cpt_rft.engines.easyr1.methods import supported_method

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig
+from cpt_rft.config.engine import EasyR1Config, LlamaFactoryConfig, LocalConfig
 from cpt_rft.config.methods import SftMethod
 from cpt_rft.config.schema import Experiment
 from cpt_rft.errors import UserError
@@ -28,6 +28,11 @@ def native_plan(experiment: Experiment, chains: Sequence[Chain], base: Path) -> 
             result[engine.name] = _llamafactory(engine, own, base)
         elif own and isinstance(engine, EasyR1Config):
             result[engine.name] = easyr1_plan(experiment, engine, own, base)
+        elif isinstance(engine, LocalConfig) and engine.deepspeed != "none":
+            from cpt_rft.engines.local.zero import refuse_whole_weights
+
+            for chain in own:
+                refuse_whole_weights(engine, chain.method)
     return result
 
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from cpt_rft.config.engine import EasyR1Config, EngineConfig
 from cpt_rft.engines.environment import find_environment
 from cpt_rft.engines.local.runtime import resolve as resolve_device
+from cpt_rft.engines.local.runtime import resolve_processes
 from cpt_rft.errors import ConfigError
 
 NAME = "easyr1"
@@ -46,13 +47,7 @@ def on_this_machine(config: EasyR1Config) -> EasyR1Config:
     if config.ray_address is not None:
         return _elsewhere(config, "the GPUs are those of the Ray cluster, not of this machine")
     resolved = resolve_device(config)
-    gpus = torch.cuda.device_count() if resolved.device == "cuda" else 0
-    processes = config.processes if config.processes != "auto" else max(1, gpus)
-    if gpus and processes > gpus:
-        raise ConfigError(
-            f"processes of the engine easyr1 is {processes}, but this machine has {gpus} GPUs.",
-            "use at most that many",
-        )
+    processes = resolve_processes(config, resolved.device)
     return _checked(config, device=resolved.device, dtype=resolved.dtype, processes=processes)
 
 

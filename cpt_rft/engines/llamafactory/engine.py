@@ -20,6 +20,7 @@ from cpt_rft.engines.llamafactory.resume import kept_lines, make_loadable, open_
 from cpt_rft.engines.llamafactory.rows import WrittenRows, canary_prompts, write_rows
 from cpt_rft.engines.llamafactory.watch import Follower, check_start, check_zero, merge_history
 from cpt_rft.engines.local.runtime import resolve as resolve_device
+from cpt_rft.engines.local.runtime import resolve_processes
 from cpt_rft.engines.outside import end_leftovers, running, said_since, size_of, status_within
 from cpt_rft.errors import ConfigError, TrainingError
 from cpt_rft.files import sha256_file
@@ -170,20 +171,14 @@ def on_this_machine(config: LlamaFactoryConfig) -> LlamaFactoryConfig:
     """
     resolved = resolve_device(config)
     assert isinstance(resolved, LlamaFactoryConfig)
-    gpus = torch.cuda.device_count() if resolved.device.startswith("cuda") else 0
-    if not gpus and resolved.deepspeed.startswith("zero3"):
+    if not resolved.device.startswith("cuda") and resolved.deepspeed.startswith("zero3"):
         # Source: https://github.com/deepspeedai/DeepSpeed/pull/8539, after the last release that the framework takes.
         raise ConfigError(
             f"engine.deepspeed is {resolved.deepspeed}, but on CPU this DeepSpeed uses gathered weights before all have"
             " arrived: what it saves may be garbage.",
             "say engine.deepspeed=zero2 or none, or train on GPUs",
         )
-    processes = config.processes if config.processes != "auto" else max(1, gpus)
-    if gpus and processes > gpus:
-        raise ConfigError(
-            f"engine.processes is {processes}, but this machine has {gpus} GPUs.", "use at most that many"
-        )
-    return resolved.model_copy(update={"processes": processes})
+    return resolved.model_copy(update={"processes": resolve_processes(resolved, resolved.device)})
 
 
 def planned(config: LlamaFactoryConfig) -> LlamaFactoryConfig:

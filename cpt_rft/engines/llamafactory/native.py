@@ -9,14 +9,13 @@ from typing import Any
 
 from cpt_rft.config.engine import LlamaFactoryConfig
 from cpt_rft.config.methods import SftMethod
-from cpt_rft.engines.environment import REPOSITORY
+from cpt_rft.engines.environment import DEEPSPEED_FILES
 from cpt_rft.engines.llamafactory.rows import NAME
 from cpt_rft.errors import ConfigError
 from cpt_rft.files import write_text_atomic
 from cpt_rft.vision import VisionSpec
 
 YAML, SCRIPT, DEEPSPEED, OUT, DATA = "train.yaml", "train.sh", "deepspeed.json", "out", "data"
-DEEPSPEED_FILES = REPOSITORY / "configs" / "engines" / "deepspeed"
 TEMPLATE = "qwen2_vl"  # of Qwen2.5-VL too; the framework knows no template by that name
 _PATHS = ("dataset_dir", "output_dir", "resume_from_checkpoint", "deepspeed")
 # They would change what is trained, or whether anything is, behind the file's back.

@@ -1,6 +1,7 @@
 """Steps of AdamW on float32 master weights, whatever the arithmetic of the model."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,70 @@ class StepOutcome(NamedTuple):
     moved: bool
 
 
-class Optimiser:
+class BaseOptimiser(ABC):
+    """AdamW over all trained weights of a model, wherever they are kept.
+
+    Args:
+        model: Parameters that need no gradient are no part of it.
+        method: Learning rate, schedule, decay, clipping.
+        steps: Steps of the stage.
+        max_skipped: More steps than this without a finite loss and gradient end the stage.
+        team: The processes that share each step.
+    """
+
+    def __init__(self, model: nn.Module, method: MethodConfig, steps: int, max_skipped: int, team: Team) -> None:
+        self.team = team
+        self.method, self.steps, self.max_skipped, self.skipped = method, steps, max_skipped, 0
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+
+    @abstractmethod
+    def step(self, step: int, loss: float) -> StepOutcome:
+        """Move the weights by the gradient gathered since the last step, or skip if it is not finite.
+
+        Args:
+            step: Counts from 0.
+            loss: The loss whose gradient it is.
+
+        Raises:
+            TrainingError: Too many steps were skipped.
+        """
+
+    @abstractmethod
+    def named_weights(self) -> dict[str, Tensor]:
+        """The float32 weights by name.
+
+        Raises:
+            TrainingError: A weight is not finite, so that nothing may be saved.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that a later process needs to go on with the same bits."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+
+    def _skip(self, step: int, lr: float) -> StepOutcome:
+        """Count a step without a finite loss and gradient."""
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            raise TrainingError(
+                f"Loss or gradient was not finite in {self.skipped} steps, at last in step {step + 1}.",
+                f"lower the learning rate (it is {self.method.lr:g}) or train in float32 (engine.dtype=float32)",
+            )
+        return StepOutcome(None, lr, False)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes.values(), strict=True)]
+
+
+class Optimiser(BaseOptimiser):
     """AdamW over all trained weights of a model as one flat vector.
 
     The model's parameters become views of one buffer in the arithmetic's dtype, their gradients views of another:
@@ -48,20 +112,18 @@ class Optimiser:
         max_skipped: int,
         team: Team = ALONE,
     ) -> None:
-        self.team = team
-        self.method, self.steps, self.max_skipped, self.skipped = method, steps, max_skipped, 0
+        super().__init__(model, method, steps, max_skipped, team)
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.shapes = {name: parameter.shape for name, parameter in named}
-        self.master = nn.Parameter(torch.cat([parameter.detach().float().flatten() for _, parameter in named]))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.master = nn.Parameter(torch.cat([parameter.detach().float().flatten() for parameter in trained]))
         self.master.grad = torch.zeros_like(self.master)
         same = dtype == torch.float32
         self.weights = self.master.detach() if same else self.master.detach().to(dtype)
         self.gradients = self.master.grad if same else torch.zeros_like(self.weights)
         views = zip(self._views(self.weights), self._views(self.gradients), strict=True)
-        for (_, parameter), (weight, gradient) in zip(named, views, strict=True):
+        for parameter, (weight, gradient) in zip(trained, views, strict=True):
             parameter.data = weight
             parameter.grad = gradient
         self.adam = torch.optim.AdamW(
@@ -69,7 +131,7 @@ class Optimiser:
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
+        """See `BaseOptimiser.backward`."""
         loss.backward()
         if self.gradients is not self.master.grad:
             assert self.master.grad is not None
@@ -77,15 +139,7 @@ class Optimiser:
             self.gradients.zero_()
 
     def step(self, step: int, loss: float) -> StepOutcome:
-        """Move the weights by the gradient gathered since the last step, or skip if it is not finite.
-
-        Args:
-            step: Counts from 0.
-            loss: The loss whose gradient it is.
-
-        Raises:
-            TrainingError: Too many steps were skipped.
-        """
+        """See `BaseOptimiser.step`."""
         gradient = self.master.grad
         assert gradient is not None
         self.team.add_up(gradient)
@@ -93,13 +147,7 @@ class Optimiser:
         norm = float(gradient.norm())
         if not (math.isfinite(norm) and math.isfinite(loss)):
             gradient.zero_()
-            self.skipped += 1
-            if self.skipped > self.max_skipped:
-                raise TrainingError(
-                    f"Loss or gradient was not finite in {self.skipped} steps, at last in step {step + 1}.",
-                    f"lower the learning rate (it is {self.method.lr:g}) or train in float32 (engine.dtype=float32)",
-                )
-            return StepOutcome(None, lr, False)
+            return self._skip(step, lr)
         if norm > self.method.max_grad_norm:
             gradient.mul_(self.method.max_grad_norm / norm)
         self.adam.param_groups[0]["lr"] = lr
@@ -132,22 +180,18 @@ class Optimiser:
         self._publish()
 
     def named_weights(self) -> dict[str, Tensor]:
-        """The float32 weights by name.
-
-        Raises:
-            TrainingError: A weight is not finite, so that nothing may be saved.
-        """
+        """See `BaseOptimiser.named_weights`."""
         if not bool(torch.isfinite(self.master).all()):
-            raise TrainingError("A weight is not finite; nothing was saved.", "lower the learning rate")
+            raise unusable_weights()
         return dict(zip(self.shapes, self._views(self.master.detach()), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on with the same bits."""
+        """See `BaseOptimiser.state`."""
         self.named_weights()
         return {"master": self.master.detach(), "adam": self.adam.state_dict(), "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """See `BaseOptimiser.restore`."""
         with torch.no_grad():
             self.master.copy_(state["master"])
         self.adam.load_state_dict(state["adam"])
@@ -159,9 +203,10 @@ class Optimiser:
         if self.weights.dtype != torch.float32:
             self.weights.copy_(self.master.detach())
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes.values(), strict=True)]
+
+def unusable_weights() -> TrainingError:
+    """What to raise where a weight is not finite."""
+    return TrainingError("A weight is not finite; nothing was saved.", "lower the learning rate")
 
 
 def learning_rate(method: MethodConfig, step: int, steps: int) -> float:

@@ -53,6 +53,8 @@ def _started(stage: Stage, size: int) -> Iterator[list["subprocess.Popen[bytes]"
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": _HOST, "MASTER_PORT": str(port)}
     if sys.platform == "linux":
         common["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name need not have an address
+    if stage.engine.device == "cpu":  # accelerate and DeepSpeed ask the machine, and would take a GPU
+        common |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     processes = []
     try:
         for rank in range(size):
@@ -92,8 +94,8 @@ def _pass_on(event: dict[str, Any], report: Callable[[StepLog], None]) -> None:
 
 def main() -> int:
     """Train one process's share of the stage on standard input; returns the exit status."""
-    from cpt_rft.engines.local.team import Processes
     from cpt_rft.engines.local.train import train_stage
+    from cpt_rft.engines.local.zero import join_team
 
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log
@@ -106,7 +108,7 @@ def main() -> int:
         reports.flush()
 
     try:
-        team = Processes(stage.engine.device)
+        team = join_team(stage)
         train_stage(stage, team, lambda line: send({"step": asdict(line)}))
         team.leave()
     except UserError as error:

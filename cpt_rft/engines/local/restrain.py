@@ -19,7 +19,7 @@ from cpt_rft.engines.local.importance import read_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter, read_down
 from cpt_rft.engines.local.network import Network
 from cpt_rft.engines.local.objective import Backward, chunks
-from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.optimise import BaseOptimiser, Optimiser
 from cpt_rft.engines.local.packing import pack_blocks
 from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.prompts import user_text
@@ -137,15 +137,17 @@ class Orthogonality:
 
 
 def make_restraints(
-    stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None, dtype: torch.dtype, device: str
+    stage: Stage, policy: Policy, optimiser: BaseOptimiser, adapter: Adapter | None, dtype: torch.dtype, device: str
 ) -> list[Restraint]:
     """The restraints of a stage; to be called before a resume point is restored, while the weights are the start's."""
     method, team = stage.method, optimiser.team
     restraints: list[Restraint] = []
     if method.l2 is not None:
+        assert isinstance(optimiser, Optimiser)  # `refuse_whole_weights`
         start = optimiser.master.detach().clone()
         restraints.append(WeightPenalty(optimiser.master, method.l2.strength, start, team=team))
     if method.ewc is not None and stage.history:
+        assert isinstance(optimiser, Optimiser)
         importance, anchor = (optimiser.flat(part) for part in read_importance(stage.history[-1].artefacts))
         restraints.append(WeightPenalty(optimiser.master, method.ewc.strength, anchor, importance, team))
     if method.lwf is not None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cpt_rft.config.engine import LocalConfig
 from cpt_rft.engines.base import Stage, StepLog
 from cpt_rft.files import atomic_path, fsync_file, sha256_file, sha256_json
 
@@ -83,6 +84,8 @@ def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
         checkpoints["source"] = stage.source.checkpoint
     for name, checkpoint in checkpoints.items():
         files |= {f"{name}/{path.name}": sha256_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    own = stage.engine.deepspeed if isinstance(stage.engine, LocalConfig) else "none"
+    sharded = {} if own == "none" else {"deepspeed": own}
     return sha256_json(
         {
             "dtype": str(dtype),
@@ -94,4 +97,5 @@ def stage_fingerprint(stage: Stage, dtype: torch.dtype) -> str:
             "processes": stage.engine.processes,
             "threads": stage.engine.threads,
         }
+        | sharded
     )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cpt_rft.checkpoint import Policy, encode_prompts, load_policy
+from cpt_rft.config.engine import EasyR1Config
 from cpt_rft.config.methods import MethodConfig
 from cpt_rft.config.rollouts import CONTROLS
 from cpt_rft.data.example import Example
@@ -222,8 +223,8 @@ class _Tried:
 class LocalAttempt:
     """Tries by this process's own rollouts; the model is loaded with the first of them.
 
-    The prompt is that of training. The seed depends on the row and the training seed and not on the method, so that
-    arms that start from one model make the same tries.
+    Prompt and sampling are those of training. The seed depends on the row and the training seed and not on the method,
+    so that arms that start from one model make the same tries.
 
     Args:
         stage: The stage.
@@ -251,6 +252,7 @@ class LocalAttempt:
             group=tries.number,
             max_new_tokens=tries.max_new_tokens,
             temperature=tries.temperature,
+            top_p=stage.engine.top_p if isinstance(stage.engine, EasyR1Config) else 1.0,
             seeds=[derive_seed("instances", stage.seed, row.id) for row in rows],
         )
         decode = self.policy.tokenizer.decode

@@ -1,10 +1,10 @@
-"""What the machine offers: device, arithmetic, threads, memory."""
+"""What the machine offers: device, arithmetic, threads, memory, a process a GPU."""
 
 import ctypes
 
 import torch
 
-from cpt_rft.config.engine import EngineConfig
+from cpt_rft.config.engine import EasyR1Config, EngineConfig, LlamaFactoryConfig
 from cpt_rft.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,6 +32,26 @@ def resolve(config: EngineConfig) -> EngineConfig:
     if dtype == "auto":
         dtype = "bfloat16" if _has_bfloat16(device) else "float32"
     return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def resolve_processes(config: LlamaFactoryConfig | EasyR1Config, device: str) -> int:
+    """The processes of a framework on this machine: as many as it says, ``auto`` for one a GPU or one without a GPU.
+
+    Args:
+        config: The configuration.
+        device: What its device came to (`resolve`).
+
+    Raises:
+        ConfigError: There are fewer GPUs.
+    """
+    gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    processes = config.processes if config.processes != "auto" else max(1, gpus)
+    if gpus and processes > gpus:
+        raise ConfigError(
+            f"processes of the engine {config.name} is {processes}, but this machine has {gpus} GPUs.",
+            "use at most that many",
+        )
+    return processes
 
 
 def prepare(config: EngineConfig, rank: int | None = None) -> tuple[torch.dtype, str]:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from cpt_rft.engines.local.hybrids import reinforced
 from cpt_rft.engines.local.importance import leave_importance
 from cpt_rft.engines.local.lora import ADAPTER_NAME, Adapter
 from cpt_rft.engines.local.objective import Objective
-from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.optimise import BaseOptimiser, Optimiser
 from cpt_rft.engines.local.parallel import train_together
 from cpt_rft.engines.local.restrain import make_restraints
 from cpt_rft.engines.local.resume import Journal, Progress, stage_fingerprint
@@ -31,6 +31,7 @@ from cpt_rft.engines.local.runtime import prepare
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.engines.local.team import ALONE, Team
 from cpt_rft.engines.local.usage import Usage
+from cpt_rft.engines.local.zero import ShardedOptimiser, Sharing, refuse_whole_weights
 from cpt_rft.files import read_json_lines
 from cpt_rft.seeds import derive_seed
 
@@ -40,6 +41,7 @@ class LocalEngine:
 
     def train(self, stage: Stage, report: Callable[[StepLog], None]) -> None:
         """See `cpt_rft.engines.base.Engine.train`."""
+        refuse_whole_weights(local_config(stage), stage.method)
         if rounds_of(stage.method) > 1:
             train_rounds(stage, report, _train)
         else:
@@ -66,9 +68,7 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
     policy.model.model.language_model.gradient_checkpointing = engine.gradient_checkpointing
     check_rows(policy, stage.method, batches, stage.prompt_preset)
     adapter = make_adapter(stage, policy)
-    optimiser = Optimiser(
-        policy.model, stage.method, len(batches), dtype=dtype, max_skipped=engine.max_skipped_steps, team=team
-    )
+    optimiser = make_optimiser(stage, policy, len(batches), dtype, team)
     objective = make_objective(stage, policy, batches, dtype, device, team)
     restraints = make_restraints(stage, policy, optimiser, adapter, dtype, device)
     journal = Journal(stage, fingerprint)
@@ -96,14 +96,17 @@ def train_stage(stage: Stage, team: Team, report: Callable[[StepLog], None]) -> 
             penalty=_finite(penalty) if restraints else None,
             **fields,
         )
+        due = (step + 1) % engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step)
+        state = optimiser.state() if due else None
         if not team.leads:
             continue
         journal.write(line)
         report(line)
-        if (step + 1) % engine.save_every == 0 and step + 1 < len(batches) and objective.settled(step):
-            journal.save(Progress(step + 1, optimiser.state()))
+        if state is not None:
+            journal.save(Progress(step + 1, state))
+    trained = optimiser.named_weights()
     if team.leads:
-        _publish(stage, policy, optimiser, adapter)
+        _publish(stage, policy, optimiser, trained, adapter)
         journal.close()
         clear_rollouts(stage)
 
@@ -114,7 +117,15 @@ def local_config(stage: Stage) -> LocalConfig:
     return stage.engine
 
 
-def _resume(journal: Journal, optimiser: Optimiser, objective: Objective, team: Team) -> int:
+def make_optimiser(stage: Stage, policy: Policy, steps: int, dtype: torch.dtype, team: Team) -> BaseOptimiser:
+    """The optimiser of a stage; its weights become the model's."""
+    limit = local_config(stage).max_skipped_steps
+    if isinstance(team, Sharing):
+        return ShardedOptimiser(policy.model, stage.method, steps, dtype=dtype, max_skipped=limit, team=team)
+    return Optimiser(policy.model, stage.method, steps, dtype=dtype, max_skipped=limit, team=team)
+
+
+def _resume(journal: Journal, optimiser: BaseOptimiser, objective: Objective, team: Team) -> int:
     """Take up the resume point, if there is one that can be used; returns the steps that are done."""
     progress = journal.open() if team.leads else None
     done = team.told(progress.step if progress else 0)
@@ -127,16 +138,19 @@ def _resume(journal: Journal, optimiser: Optimiser, objective: Objective, team: 
     return done
 
 
-def _publish(stage: Stage, policy: Policy, optimiser: Optimiser, adapter: Adapter | None) -> None:
+def _publish(
+    stage: Stage, policy: Policy, optimiser: BaseOptimiser, trained: Mapping[str, Tensor], adapter: Adapter | None
+) -> None:
     """Write the checkpoint and what later stages need beside it, anew if a process was killed at this very point."""
     checkpoint, artefacts = stage.directory / "checkpoint", stage.directory / ARTEFACTS_NAME
     for left in (checkpoint, artefacts):
         shutil.rmtree(left, ignore_errors=True)
-    weights = published_weights(stage, optimiser, adapter)
+    weights = published_weights(stage, trained, adapter)
     save_checkpoint(weights, checkpoint, source=stage.parent)
     if adapter is not None:
-        adapter.save(artefacts / ADAPTER_NAME, optimiser.named_weights())
+        adapter.save(artefacts / ADAPTER_NAME, trained)
     if stage.method.ewc is not None:
+        assert isinstance(optimiser, Optimiser)  # `refuse_whole_weights`
         optimiser.assign(weights)
         leave_importance(stage, policy, optimiser, stage.method.ewc)
     leave_rollouts(stage, artefacts)
@@ -168,18 +182,19 @@ def make_objective(
     return reinforced(stage, method, policy, reference, batches, team)
 
 
-def published_weights(stage: Stage, optimiser: Optimiser, adapter: Adapter | None) -> dict[str, Tensor]:
+def published_weights(stage: Stage, trained: Mapping[str, Tensor], adapter: Adapter | None) -> dict[str, Tensor]:
     """The float32 weights that the stage hands on, by name.
 
-    Raises:
-        TrainingError: A weight is not finite.
+    Args:
+        stage: The stage.
+        trained: The float32 weights that it has trained, by name.
+        adapter: The adapters that they are, or none.
     """
-    weights = optimiser.named_weights()
     average = stage.method.average
     if average is None and adapter is None:
-        return weights
+        return dict(trained)
     start = dict(load_policy(stage.parent).model.named_parameters())
-    weights = {name: weight.cpu() for name, weight in weights.items()}
+    weights = {name: weight.cpu() for name, weight in trained.items()}
     if adapter is not None:
         weights = adapter.merged(start, weights)
     return weights if average is None else averaged_weights(start, weights, average.share)
