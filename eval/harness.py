@@ -22,6 +22,7 @@ from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import read_split
 from cpt_rft.data.picture import Picture
 from cpt_rft.engines.local.generate import Completion, generate
+from cpt_rft.engines.local.runtime import keep_freed_memory
 from cpt_rft.errors import DataError
 from cpt_rft.files import hash_tree, read_json, sha256_file, tree_sha256, write_json_atomic
 from cpt_rft.prompts import Style, target_text, user_text
@@ -101,6 +102,8 @@ class Subject:
         dtype, vision = getattr(torch, self.config.dtype), asked_vision(self.directory, self.config)
         if self.backend is not None:
             return reader(self.directory, vision)
+        if self.device == "cpu":
+            keep_freed_memory()
         return load_policy(self.directory, dtype=dtype, device=self.device, vision=vision)
 
     @cached_property

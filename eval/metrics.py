@@ -72,13 +72,20 @@ def learned(matrix: ArrayLike) -> Array:
 
 
 def bwt(matrix: ArrayLike) -> Array:
-    """Backward transfer, mean_{j<T} (R[T][j] - R[j][j]); negative is forgetting. Source: Lopez-Paz & Ranzato 2017."""
+    """Backward transfer, mean_{j<T} (R[T][j] - R[j][j]); negative is forgetting.
+
+    Source: Lopez-Paz & Ranzato 2017, arXiv 1706.08840 equation 3.
+    """
     values = _several(matrix)
     return np.asarray((values[..., -1, :-1] - _diagonal(values)[..., :-1]).mean(axis=-1))
 
 
 def forgetting_max_minus_last(matrix: ArrayLike) -> Array:
-    """mean_{j<T} (max_{j<=l<T} R[l][j] - R[T][j]); can be negative. Source: Chaudhry et al. 2018."""
+    """mean_{j<T} (max_{j<=l<T} R[l][j] - R[T][j]); can be negative.
+
+    Source: Chaudhry et al. 2018, arXiv 1801.10112 equation 3. Differs from: the maximum begins where the task was
+    learned, there at the first task.
+    """
     values = _several(matrix)
     return np.asarray((_best(values, with_last=False) - values[..., -1, :-1]).mean(axis=-1))
 
@@ -86,7 +93,7 @@ def forgetting_max_minus_last(matrix: ArrayLike) -> Array:
 def fm(matrix: ArrayLike) -> Array:
     """The paper's forgetting measure, mean_{j<T} (R[T][j] - max_{j<=l<=T} R[l][j]), at most 0.
 
-    Source: arXiv 2507.05386 (its index range is not stated; DESIGN fixes this one). Biased by noise: read it
+    Source: arXiv 2507.05386 (no account of it states the ranges of j and l; these are ours). Biased by noise: read it
     beside `eval.statistics.null_fm`.
     """
     values = _several(matrix)
@@ -94,21 +101,28 @@ def fm(matrix: ArrayLike) -> Array:
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> Array:
-    """mean_i mean_{j<=i} R[i][j] (also AIA, MAA). Source: Rebuffi et al. 2017."""
+    """mean_i mean_{j<=i} R[i][j] (also AIA, MAA). Source: Rebuffi et al. 2017, arXiv 1611.07725."""
     values = complete(matrix)[..., 1:, :]
     steps = np.arange(1, values.shape[-1] + 1)
     return np.asarray((np.tril(values).sum(axis=-1) / steps).mean(axis=-1))
 
 
 def forward_transfer(matrix: ArrayLike) -> Array:
-    """mean_{j>=2} (R[j-1][j] - R[0][j]): what earlier tasks did for a task not yet learned. Source: as `bwt`."""
+    """mean_{j>=2} (R[j-1][j] - R[0][j]): what earlier tasks did for a task not yet learned.
+
+    Source: as `bwt`. Differs from: compared with the base model, there with a random initialisation.
+    """
     values = _several(matrix)
     before = np.diagonal(values[..., 1:-1, 1:], axis1=-2, axis2=-1)
     return np.asarray((before - values[..., 0, 1:]).mean(axis=-1))
 
 
 def intransigence(matrix: ArrayLike, multitask: ArrayLike) -> Array:
-    """mean_j (a*_j - R[j][j]) with a* the joint model's accuracy, shape (T,). Source: Chaudhry et al. 2018."""
+    """mean_j (a*_j - R[j][j]) with a* the joint model's accuracy, shape (T,).
+
+    Source: Chaudhry et al. 2018, arXiv 1801.10112. Differs from: one joint model of all tasks, there one of
+    the tasks so far.
+    """
     values = complete(matrix)
     joint = np.asarray(multitask, dtype=np.float64)
     if joint.shape != values.shape[-1:] or not np.isfinite(joint).all():
@@ -123,7 +137,10 @@ def bwt_over_tasks(matrix: ArrayLike) -> Array:
 
 
 def bwt_all_pairs(matrix: ArrayLike) -> Array:
-    """R[i][j] - R[j][j] averaged over all i > j. Source: Diaz-Rodriguez et al. 2018; continuum's backward_transfer."""
+    """R[i][j] - R[j][j] averaged over all i > j.
+
+    Source: Diaz-Rodriguez et al. 2018, arXiv 1810.13166; continuum's backward_transfer.
+    """
     values = _several(matrix)
     drop = values[..., 1:, :] - _diagonal(values)[..., None, :]
     below = np.tril_indices(values.shape[-1], k=-1)
@@ -174,7 +191,7 @@ Metric = Callable[[ArrayLike], Array]
 #: The four that every table shows.
 HEADLINE: dict[str, Metric] = {"avg_acc": avg_acc, "learned": learned, "bwt": bwt, "fm": fm}
 
-#: The rest of DESIGN section 4 that needs nothing but the matrix.
+#: Further ones that need nothing but the matrix.
 FURTHER: dict[str, Metric] = {
     "forgetting_max_minus_last": forgetting_max_minus_last,
     "average_incremental_accuracy": average_incremental_accuracy,

@@ -1,7 +1,7 @@
 """From the records of a run directory to ``results.json``: every number of every table and figure.
 
-The form is that of DESIGN section 3 with more beside it: intervals, flips, the null value of FM, comparisons. Two
-runs with the same seeds differ only in times (`without_times`).
+Beside the scores stand intervals, flips, the null value of FM and comparisons. Two runs with the same
+seeds differ only in times (`without_times`).
 """
 
 import json

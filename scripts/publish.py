@@ -15,7 +15,7 @@ from cpt_rft.files import write_text_atomic
 from eval import explain_table
 from eval.table import markdown
 
-KEPT = ("results.json", "config.json")
+RESULTS, CONFIG = "results.json", "config.json"
 
 
 def makers(run: Path) -> dict[str, Any]:
@@ -40,9 +40,15 @@ def page(results: dict[str, Any], made: dict[str, Any], command: str) -> str:
     return (
         f"# {results['experiment']}: preliminary results\n\n"
         f"Made by `{command}`. Code {made['code'][:12]} (a hash of the sources), {versions}.\n"
-        "`results.json` holds every number and more, `config.json` is what was run; `cpt-rft report` draws it.\n\n"
+        "`results.json` holds every number and more, `config.json` is what was run; of the run\n"
+        "directory `cpt-rft report` draws a page.\n\n"
         f"{markdown(results)}\n{explain_table.markdown(results)}"
     )
+
+
+def settings(config: dict[str, Any]) -> str:
+    """What was run, as it is kept: without the run directory, a place of the machine that decided nothing."""
+    return json.dumps({key: value for key, value in config.items() if key != "output"}, indent=2) + "\n"
 
 
 def publish(run: Path, out: Path, command: str) -> None:
@@ -51,13 +57,14 @@ def publish(run: Path, out: Path, command: str) -> None:
     Raises:
         UserError: The run is not complete.
     """
-    results = json.loads((run / "results.json").read_text())
-    if results["missing"] or not all((run / name).is_file() for name in KEPT):
+    results = json.loads((run / RESULTS).read_text())
+    if results["missing"] or not (run / CONFIG).is_file():
         raise UserError(f"{run} is not complete.", "give its 'cpt-rft run' command again")
     text = page(results, makers(run), command)
+    kept = settings(json.loads((run / CONFIG).read_text()))
     out.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copyfile(run / name, out / name)
+    shutil.copyfile(run / RESULTS, out / RESULTS)
+    write_text_atomic(out / CONFIG, kept)
     write_text_atomic(out / "README.md", text)
 
 

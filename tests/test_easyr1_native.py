@@ -277,7 +277,7 @@ def test_auto_is_one_worker_here_and_the_gpus_of_a_cluster_must_be_told():
     with pytest.raises(ConfigError, match="auto, but the GPUs are those of the Ray cluster"):
         on_this_machine(engine(processes="auto", ray_address="auto"))
     assert planned(engine(dtype="auto")).dtype == "bfloat16"
-    with pytest.raises(ConfigError, match="auto, but this machine has no GPU to count"):
+    with pytest.raises(ConfigError, match=r"auto, but this machine has no GPU to count\..*rft_engine\.processes=N"):
         planned(engine(processes="auto"))
     with pytest.raises(ConfigError, match="dtype of the engine easyr1: the framework's attention"):
         planned(engine(device="auto", dtype="float32", ray_address="auto"))

@@ -1,10 +1,13 @@
 """The packed network against the stock model: nothing may change but the time."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from cpt_rft.checkpoint import EncodedPrompt, Policy, load_policy
+from cpt_rft.engines.local.layers import rms_norm
 from cpt_rft.engines.local.network import Network, pad, unpad
 from cpt_rft.engines.local.packing import Images, pack_blocks, rope_positions
 from cpt_rft.engines.local.vision import VisionTower
@@ -201,11 +204,36 @@ def test_picture_tokens_are_those_of_the_stock_tower(policy: Policy, grids: list
 
 
 def test_padding_and_unpadding_are_adjoint() -> None:
-    slots = torch.tensor([4, 0, 3])
+    slots = torch.tensor([0, 3, 4])
     x, y = torch.randn(3, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)
     torch.testing.assert_close((pad(x, slots, 6) * y).sum(), (x * unpad(y, slots)).sum())
     assert torch.autograd.gradcheck(lambda z: pad(z, slots, 6), (x.double(),))
     assert torch.autograd.gradcheck(lambda z: unpad(z, slots), (y.double(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_norm_is_the_one_autograd_finds(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (3.0 * torch.randn(4, 5, 48, generator=generator).to(dtype) for _ in range(2))
+    norm = torch.nn.RMSNorm(48, eps=1e-3, dtype=dtype)
+    norm.variance_epsilon = norm.eps
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0, generator=generator)
+    found = []
+    for function in (norm, partial(rms_norm, norm=norm)):
+        leaf = x.clone().requires_grad_()
+        found.append((function(leaf), *torch.autograd.grad(function(leaf), (leaf, norm.weight), grad)))
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, **close)
+
+
+def test_a_norm_that_is_not_trained_gets_no_gradient() -> None:
+    norm = torch.nn.RMSNorm(8)
+    norm.variance_epsilon = 1e-6
+    norm.weight.requires_grad_(False)
+    rms_norm(x := torch.randn(3, 8, requires_grad=True), norm).sum().backward()
+    assert x.grad is not None and norm.weight.grad is None
 
 
 def test_bfloat16_stays_close(policy: Policy, prompts: list[EncodedPrompt]) -> None:

@@ -1,6 +1,9 @@
 """The local engine as a whole: it learns, repeats itself, survives being killed, and never saves broken weights."""
 
+import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,5 +275,26 @@ def test_threads_are_set() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_missing_gpu_is_named() -> None:
-    with pytest.raises(ConfigError, match="no usable GPU"):
+    with pytest.raises(ConfigError, match="the engine local is cuda, but this machine has no usable GPU"):
         prepare(LocalConfig(name="local", device="cuda"))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no such setting")
+def test_memory_that_was_freed_is_used_again_without_a_page_fault() -> None:
+    """Five tensors of 40 MB, more than is kept by default, made several times."""
+    faults = """
+import resource, sys, torch
+from cpt_rft.engines.local.runtime import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(10_000_000) for _ in range(5)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", faults, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("default", "kept")
+    ]
+    assert counts[1] < 0.3 * counts[0], counts

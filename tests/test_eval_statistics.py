@@ -74,8 +74,8 @@ def test_churn_counts_steps() -> None:
 
 
 @pytest.mark.parametrize(("rows", "low", "high"), [(300, -2.4, -1.2), (2000, -0.95, -0.45)])
-def test_null_value_of_fm_is_that_of_the_design(rows: int, low: float, high: float) -> None:
-    # Source: DESIGN section 4: -1.2 to -1.9 with 300 rows, -0.5 to -0.8 with 2,000, answers flipping by 10 to 30 %.
+def test_null_value_of_fm_is_what_a_simulation_gave(rows: int, low: float, high: float) -> None:
+    # Simulated beforehand: -1.2 to -1.9 with 300 rows, -0.5 to -0.8 with 2,000, answers flipping by 10 to 30 %.
     for churn in (0.1, 0.2, 0.3):
         assert low < statistics.null_fm([65.0] * 7, [rows] * 7, [churn] * 7, seed=1).mean() < high
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from cpt_rft.errors import UserError
-from scripts.publish import publish
+from scripts.publish import publish, settings
 from tests.helpers.tiny_run import Tiny, edited, reference
+from tests.helpers.tree import ROOT
 
 
 @pytest.fixture
@@ -25,8 +26,20 @@ def test_a_complete_run_is_kept_with_its_command_and_versions(own: Tiny, tmp_pat
     assert "`bash scripts/publish.sh tiny kept`" in text
     assert "torch " in text
     assert "| sft |" in text
-    for name in ("results.json", "config.json"):
-        assert (tmp_path / "kept" / name).read_bytes() == (own.directory / name).read_bytes()
+    assert (tmp_path / "kept/results.json").read_bytes() == (own.directory / "results.json").read_bytes()
+
+
+def test_the_settings_are_kept_without_the_place_where_they_were_run(own: Tiny, tmp_path: Path) -> None:
+    publish(own.directory, tmp_path / "kept", "x")
+    ran, kept = (json.loads((place / "config.json").read_text()) for place in (own.directory, tmp_path / "kept"))
+    assert ran.pop("output") == str(own.directory)
+    assert kept == ran
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_every_published_result_has_the_settings_that_publishing_writes(path: Path) -> None:
+    text = path.read_text()
+    assert text == settings(json.loads(text))
 
 
 def test_a_partial_run_is_refused(own: Tiny, tmp_path: Path) -> None:

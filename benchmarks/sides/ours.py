@@ -13,6 +13,7 @@ from cpt_rft.data.example import Example
 from cpt_rft.engines.local.generate import Completion, generate
 from cpt_rft.engines.local.grpo import GrpoObjective
 from cpt_rft.engines.local.optimise import Optimiser
+from cpt_rft.engines.local.runtime import keep_freed_memory
 from cpt_rft.engines.local.sft import SftObjective
 from cpt_rft.prompts import user_text
 from cpt_rft.scoring import Score
@@ -122,6 +123,8 @@ def main() -> None:
     """Serve the case's work."""
     gate = Gate()
     folder, case = settings()
+    if case["device"] == "cpu":
+        keep_freed_memory()
     training = case["work"] in ("grpo", "sft")
     dtype = torch.float32 if training else getattr(torch, case["dtype"])
     policy = load_policy(folder / "model", dtype=dtype, device=case["device"])

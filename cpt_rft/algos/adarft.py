@@ -16,7 +16,7 @@ def next_difficulty(
 ) -> float:
     """The target difficulty after a step of mean reward ``reward``: up where it is above ``wanted``.
 
-    Source: AdaRFT, arXiv 2504.05520; uscnlp-lime/verl@bf2dd7e verl/trainer/ppo/ray_trainer.py fit:
+    Source: AdaRFT, arXiv 2504.05520 section 3.3; uscnlp-lime/verl@bf2dd7e verl/trainer/ppo/ray_trainer.py fit:
     ``clip(T + eta tanh(alpha (R - beta)), d_min, d_max)``.
     """
     return min(max(target + step * math.tanh(sensitivity * (reward - wanted)), bounds[0]), bounds[1])
@@ -25,7 +25,7 @@ def next_difficulty(
 def nearest_prompts(difficulties_P: Tensor, target: float, count: int) -> Tensor:
     """Indices (count,) of the prompts whose difficulty is nearest to the target; the first of equals come first.
 
-    Source: AdaRFT, arXiv 2504.05520; uscnlp-lime/verl@bf2dd7e verl/trainer/ppo/custom_sampler.py
+    Source: AdaRFT, arXiv 2504.05520 section 3.1; uscnlp-lime/verl@bf2dd7e verl/trainer/ppo/custom_sampler.py
     _select_closest_to_target.
     """
     return (difficulties_P - target).abs().argsort(stable=True)[:count]

@@ -69,8 +69,8 @@ def sequence_mean(values_ST: Tensor, mask_ST: Tensor, sequences: int) -> Tensor:
 def constant_mean(values_ST: Tensor, mask_ST: Tensor, sequences: int, length: int) -> Tensor:
     """Sum over real tokens divided by ``sequences * length``, whatever the true lengths; length 1 sums a sequence.
 
-    Source: Dr. GRPO, arXiv 2503.20783; TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss (dr_grpo; luspo with
-    length 1).
+    Source: Dr. GRPO, arXiv 2503.20783 section 3.2; TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss (dr_grpo;
+    luspo with length 1).
     """
     return token_mean(values_ST, mask_ST, sequences * length)
 
@@ -90,7 +90,7 @@ def aggregate(name: Aggregate, values_ST: Tensor, mask_ST: Tensor, size: StepSiz
 def without_truncated(mask_ST: Tensor, truncated_S: Tensor) -> Tensor:
     """The mask without the tokens of completions that ended by length; advantages still see their rewards.
 
-    Source: DAPO, arXiv 2503.14476 (overlong filtering); TRL@v1.16.0 trl/trainer/grpo_trainer.py
+    Source: DAPO, arXiv 2503.14476 section 3.4 (overlong filtering); TRL@v1.16.0 trl/trainer/grpo_trainer.py
     _generate_and_score_completions (mask_truncated_completions).
     """
     return mask_ST * ~truncated_S.bool()[:, None]

@@ -14,7 +14,7 @@ def fisher_diagonal(scores: Iterable[Weights]) -> dict[str, Tensor]:
     With answers sampled from the model it estimates the Fisher information, with the labels only the empirical one.
     The gradient must be of one example: the square of a batch's mean is another, smaller thing.
 
-    Source: EWC, arXiv 1612.00796; GMvandeVen/continual-learning@e6d795a models/cl/continual_learner.py
+    Source: EWC, arXiv 1612.00796 section 2; GMvandeVen/continual-learning@e6d795a models/cl/continual_learner.py
     estimate_fisher.
     """
     sums: dict[str, Tensor] = {}
@@ -30,8 +30,10 @@ def fisher_diagonal(scores: Iterable[Weights]) -> dict[str, Tensor]:
 def carried_fisher(before: Weights, fisher: Weights, *, gamma: float = 1.0) -> dict[str, Tensor]:
     """Importance after one more task: ``gamma * before + fisher``, so that one penalty stands for all tasks.
 
-    Source: online EWC, arXiv 1805.06370; GMvandeVen/continual-learning@e6d795a models/cl/continual_learner.py
-    estimate_fisher (gamma).
+    Source: online EWC, arXiv 1805.06370 section 4, equation 9; GMvandeVen/continual-learning@e6d795a
+    models/cl/continual_learner.py estimate_fisher (gamma). Differs from: no task's importance is normalised; the next
+    penalty takes this sum as it is, where equation 8 and the code shrink it by gamma, so that gamma times their
+    strength is the same.
     """
     return {name: gamma * before[name] + value for name, value in fisher.items()}
 
@@ -39,7 +41,7 @@ def carried_fisher(before: Weights, fisher: Weights, *, gamma: float = 1.0) -> d
 def ewc_penalty(weights: Weights, start: Weights, fisher: Weights) -> Tensor:
     """Half the sum of ``F (w - w0)^2`` over the weights that ``fisher`` names; its strength is the caller's.
 
-    Source: EWC, arXiv 1612.00796; GMvandeVen/continual-learning@e6d795a models/cl/continual_learner.py
+    Source: EWC, arXiv 1612.00796 equation 3; GMvandeVen/continual-learning@e6d795a models/cl/continual_learner.py
     ewc_loss.
     """
     terms = [(fisher[name] * (weights[name].float() - start[name].detach().float()).square()).sum() for name in fisher]

@@ -14,10 +14,10 @@ Scale = Literal["group", "batch", "none"]
 def group_advantages(rewards_PG: Tensor, *, scale: Scale = "group", epsilon: float = STD_EPSILON) -> Tensor:
     """Advantages (P, G): rewards centred within each group, and scaled.
 
-    Source: EasyR1@b44b311 verl/trainer/core_algos.py compute_grpo_outcome_advantage: (r - mean) / (std + 1e-6),
-    unbiased std; TRL@v1.16.0 trl/trainer/grpo_trainer.py (scale_rewards, epsilon 1e-4). Differs from: computed in
-    float64, and a group of equal rewards has advantage zero exactly, where the source divides the rounding error of
-    the mean by 1e-6.
+    Source: DeepSeekMath, arXiv 2402.03300 section 4.1.2; EasyR1@b44b311 verl/trainer/core_algos.py
+    compute_grpo_outcome_advantage: (r - mean) / (std + 1e-6), unbiased std; TRL@v1.16.0 trl/trainer/grpo_trainer.py
+    (scale_rewards, epsilon 1e-4). Differs from: computed in float64, and a group of equal rewards has advantage zero
+    exactly, where the source divides the rounding error of the mean by 1e-6.
 
     Args:
         rewards_PG: All rewards of the step.
@@ -43,7 +43,7 @@ def paper_group_advantages(rewards_PG: Tensor) -> tuple[Tensor, int]:
     """Advantages (P, G) in float32 with the source's rounding, and how many all-equal groups are not zero by it.
 
     For eight rewards of 0.9 the float32 mean is not 0.9, the standard deviation is nearly zero, and the quotient can
-    reach 0.06: the papers' runs pushed every completion of such a group the same way.
+    reach 0.06: paper 1's runs pushed every completion of such a group the same way.
 
     Source: EasyR1@b44b311 verl/trainer/core_algos.py compute_grpo_outcome_advantage, as it stands.
 

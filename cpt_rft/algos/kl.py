@@ -48,9 +48,9 @@ def k2_divergence(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
 def k3_divergence(logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
     """``r - log r - 1`` with ``r`` = reference / policy: unbiased and never negative.
 
-    Source: Schulman, "Approximating KL divergence" (k3); EasyR1@b44b311 verl/trainer/core_algos.py compute_kl
-    (low_var_kl), with its limits of 20 on the log-ratio and 10 on the value, beyond which the gradient is zero.
-    Differs from: computed without cancellation near equality.
+    Source: Schulman, "Approximating KL divergence" (k3); DeepSeekMath, arXiv 2402.03300 equation 4; EasyR1@b44b311
+    verl/trainer/core_algos.py compute_kl (low_var_kl), with its limits of 20 on the log-ratio and 10 on the value,
+    beyond which the gradient is zero. Differs from: computed without cancellation near equality.
     """
     log_ratio_T = (reference_T - logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (log_ratio_T.expm1() - log_ratio_T).clamp(-MAX_KL, MAX_KL)
@@ -96,7 +96,7 @@ def find_estimator(name: str) -> Estimator:
 def ratio_corrected(kl_T: Tensor, log_ratio_T: Tensor) -> Tensor:
     """The estimate times policy / old policy: right for tokens of the old policy, in value and in gradient.
 
-    Source: DeepSeek-V3.2, arXiv 2512.02556; TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss
+    Source: DeepSeek-V3.2, arXiv 2512.02556 section 3.1; TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss
     (use_bias_correction_kl). Differs from: the log-ratio is limited to +-20.
     """
     return kl_T * log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -116,7 +116,8 @@ def adaptive_coefficient(
 ) -> float:
     """The coefficient after a step that saw a mean divergence of ``observed`` on ``sequences`` completions.
 
-    Source: arXiv 1909.08593; EasyR1@b44b311 verl/trainer/core_algos.py AdaptiveKLController.update.
+    Source: arXiv 1909.08593 section 2.2; EasyR1@b44b311 verl/trainer/core_algos.py AdaptiveKLController.update.
+    Differs from: the gain is EasyR1's ``sequences / horizon``, where the paper has 0.1 a step.
     """
     error = min(max(observed / target - 1.0, -CONTROLLER_STEP), CONTROLLER_STEP)
     return coefficient * (1.0 + error * sequences / horizon)

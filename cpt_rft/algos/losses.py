@@ -76,7 +76,7 @@ class Sampled(NamedTuple):
 
 
 LOSSES: Mapping[str, PolicyLoss] = {
-    "default": PolicyLoss(clip_high=0.3, dual_clip=3.0),  # of EasyR1, which the papers ran
+    "default": PolicyLoss(clip_high=0.3, dual_clip=3.0),  # of EasyR1, which paper 1 (arXiv 2507.05386) ran
     "grpo": PolicyLoss(aggregate="sequence"),
     "bnpo": PolicyLoss(),  # the mean over the whole step: with TRL's over a micro-batch, its size would matter
     "dr_grpo": PolicyLoss(aggregate="constant"),  # goes with advantages of scale none

@@ -9,8 +9,8 @@ from torch import Tensor
 def orthogonality_penalty(earlier: Sequence[Tensor], current: Tensor) -> Tensor:
     """Sum of the absolute scalar products of the rows of A: ``earlier`` (rank, inputs) each, ``current`` likewise.
 
-    Source: O-LoRA, arXiv 2310.14152 section 3.2; cmnfriend/O-LoRA@07117e1 src/uie_trainer_lora.py training_step.
-    Differs from: absolute values as in the released code, where the paper's equation 8 has squares; no L2 penalty on
+    Source: O-LoRA, arXiv 2310.14152 (the orthogonality loss); cmnfriend/O-LoRA@07117e1 src/uie_trainer_lora.py
+    training_step. Differs from: absolute values as in the released code, where the paper has squares; no L2 penalty on
     the new adapter.
     """
     if not earlier:

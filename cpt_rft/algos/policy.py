@@ -34,7 +34,7 @@ def log_ratios(level: RatioLevel, logprobs_ST: Tensor, old_ST: Tensor, mask_ST: 
     the same value, but each token's gradient is its own (GSPO-token). ``sequence_sum``: that of the whole sequence
     (RLOO).
 
-    Source: GSPO, arXiv 2507.18071; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss;
+    Source: GSPO, arXiv 2507.18071 equations 7 and 14; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss;
     TRL@v1.16.0 trl/trainer/rloo_trainer.py _compute_loss (sequence_sum).
     """
     difference_ST = only_real(logprobs_ST - old_ST.detach(), mask_ST)
@@ -81,8 +81,9 @@ def clipped_loss(
     """Loss a token: the worse of ``-A r`` and ``-A clip(r)``, and for negative advantages at most ``-A dual_clip``.
 
     Source: PPO, arXiv 1707.06347 equation 7; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss (default,
-    gspo): ratio clipped to [1 - low, 1 + high], dual clip of arXiv 1912.09729, ratio limited to ``exp(+-20)``;
-    TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss (``dual_clip`` is its delta, where at least 1 + high).
+    gspo): ratio clipped to [1 - low, 1 + high], dual clip of arXiv 1912.09729 equation 5, ratio limited to
+    ``exp(+-20)``; TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss (``dual_clip`` is its delta, where at least
+    1 + high).
     """
     log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     clipped_ratio_T = log_ratio_T.clamp(*log_bounds(clip_low, clip_high)).exp()
@@ -105,9 +106,9 @@ def cispo_loss(
 ) -> Tensor:
     """Loss a token: REINFORCE weighed by the clipped ratio, through which no gradient flows; every token keeps one.
 
-    Source: MiniMax-M1, arXiv 2506.13585; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss (cispo);
-    TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss, whose epsilon_high bounds the ratio itself, here
-    ``1 + clip_high``, and which has no lower bound, here ``clip_low=1``.
+    Source: MiniMax-M1, arXiv 2506.13585 section 3.1, equations 4 and 5; EasyR1@b44b311 verl/trainer/core_algos.py
+    compute_policy_loss (cispo); TRL@v1.16.0 trl/trainer/grpo_trainer.py _compute_loss, whose epsilon_high bounds the
+    ratio itself, here ``1 + clip_high``, and which has no lower bound, here ``clip_low=1``.
     """
     weights_T = log_ratio_T.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).clamp(*log_bounds(clip_low, clip_high)).exp()
     return -advantages_T * weights_T * logprobs_T
@@ -118,7 +119,8 @@ def sapo_loss(
 ) -> Tensor:
     """Loss a token: a sigmoid of the ratio in place of the clip, steeper for negative advantages.
 
-    Source: SAPO, arXiv 2511.20347; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss (sapo).
+    Source: SAPO, arXiv 2511.20347 equations 5 and 6; EasyR1@b44b311 verl/trainer/core_algos.py compute_policy_loss
+    (sapo).
     """
     tau_T = torch.where(advantages_T < 0, tau_negative, tau_positive)
     ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -136,7 +138,8 @@ def vespo_loss(
 ) -> Tensor:
     """Loss a token: REINFORCE weighed by ``w^k exp(l (1 - w))`` of the ratio ``w`` of the whole sequence.
 
-    Source: VESPO, arXiv 2602.10693; TRL@v1.16.0 trl/trainer/grpo_trainer.py get_gamma_weights, _compute_loss (vespo).
+    Source: VESPO, arXiv 2602.10693 version 3, section 3.5, equation 20; TRL@v1.16.0 trl/trainer/grpo_trainer.py
+    get_gamma_weights, _compute_loss (vespo).
 
     Args:
         logprobs_ST: Log-probabilities under the policy being trained.

@@ -29,7 +29,7 @@ def prefix_length(
 ) -> int:
     """Tokens of a demonstration of that many to show: a share between a falling bound and ``high``, never all of it.
 
-    Source: Prefix-RFT, arXiv 2507.01679 appendix A.2; ZeroYuHuang/prefix_rft@5f5d2a1
+    Source: Prefix-RFT, arXiv 2507.01679 version 3, section 3 and appendix A.2; ZeroYuHuang/prefix_rft@5f5d2a1
     recipe/prefix_rft/rl_dataset.py _get_prefix. Differs from: no least number of tokens.
 
     Args:
@@ -50,9 +50,10 @@ def prefix_advantages(rewards_PG: Tensor, hybrid_P: Tensor, *, scale: Scale = "g
     Its continuation has no baseline, being the only one of its kind: its reward is its advantage. The prefix is
     weighed by how much better it did than the free completions.
 
-    Source: Prefix-RFT, arXiv 2507.01679; ZeroYuHuang/prefix_rft@5f5d2a1 recipe/prefix_rft/core_algos.py
-    compute_grpo_prefix_outcome_advantage (scale group), compute_dr_grpo_prefix_outcome_advantage (none), with one
-    completion a prefix. Differs from: all-equal free completions have advantage zero exactly.
+    Source: Prefix-RFT, arXiv 2507.01679 version 3, section 3; ZeroYuHuang/prefix_rft@5f5d2a1
+    recipe/prefix_rft/core_algos.py compute_grpo_prefix_outcome_advantage (scale group),
+    compute_dr_grpo_prefix_outcome_advantage (none), with one completion a prefix. Differs from: all-equal free
+    completions have advantage zero exactly.
 
     Raises:
         ConfigError: Groups have fewer than two free completions.
@@ -67,8 +68,9 @@ def prefix_advantages(rewards_PG: Tensor, hybrid_P: Tensor, *, scale: Scale = "g
 def most_uncertain(prefix_ST: Tensor, entropy_ST: Tensor, *, drop: float = 0.8) -> Tensor:
     """The mask of prefix tokens without the ``drop`` share on which the policy is surest; those get advantage zero.
 
-    Source: Prefix-RFT, arXiv 2507.01679 (entropy-based clipping, the top 20 %); ZeroYuHuang/prefix_rft@5f5d2a1
-    recipe/prefix_rft/dp_actor.py reshape_func (entropy). Differs from: equal entropies are ordered by place.
+    Source: Prefix-RFT, arXiv 2507.01679 version 3, section 3 (entropy-based clipping, the top 20 %);
+    ZeroYuHuang/prefix_rft@5f5d2a1 recipe/prefix_rft/dp_actor.py reshape_func (entropy). Differs from: equal entropies
+    are ordered by place.
     """
     places = prefix_ST.bool().flatten().nonzero().flatten()
     order = entropy_ST.detach().flatten()[places].argsort(stable=True)

@@ -11,9 +11,10 @@ VARIANCE_EPSILON = 1e-8
 def reinforce_plus_plus_advantages(token_rewards_ST: Tensor, mask_ST: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Advantages (S, T) of every token; padding holds no meaning.
 
-    Source: arXiv 2501.03262; EasyR1@b44b311 verl/trainer/core_algos.py compute_reinforce_plus_plus_outcome_advantage,
-    verl/utils/torch_functional.py masked_whiten: (R - mean) / sqrt(var + 1e-8), unbiased, over real tokens. Differs
-    from: computed in float64; where all returns are equal the advantages are zero exactly.
+    Source: REINFORCE++, arXiv 2501.03262 version 9, section 3.1; EasyR1@b44b311 verl/trainer/core_algos.py
+    compute_reinforce_plus_plus_outcome_advantage, verl/utils/torch_functional.py masked_whiten: (R - mean) /
+    sqrt(var + 1e-8), unbiased, over real tokens. Differs from: computed in float64; where all returns are equal the
+    advantages are zero exactly.
 
     Args:
         token_rewards_ST: Rewards a token, of all sequences of the step; any KL penalty is already in them.

@@ -10,10 +10,10 @@ from cpt_rft.algos.rewards import check_groups
 def leave_one_out_advantages(rewards_PG: Tensor, *, normalise: float | None = None) -> Tensor:
     """Advantages (P, G): ``r_i`` less the mean of the other rewards, which is n/(n-1) times the centred reward.
 
-    Source: arXiv 2402.14740; EasyR1@b44b311 verl/trainer/core_algos.py compute_rloo_outcome_advantage; TRL@v1.16.0
-    trl/trainer/rloo_trainer.py (normalize_advantages, epsilon 1e-4). Differs from: computed in float64; all-equal
-    groups have advantage zero exactly, also normalised, since the mean of the advantages, zero but for rounding, is
-    not subtracted again.
+    Source: RLOO, arXiv 2402.14740 section 2.3; EasyR1@b44b311 verl/trainer/core_algos.py
+    compute_rloo_outcome_advantage; TRL@v1.16.0 trl/trainer/rloo_trainer.py (normalize_advantages, epsilon 1e-4).
+    Differs from: computed in float64; all-equal groups have advantage zero exactly, also normalised, since the mean of
+    the advantages, zero but for rounding, is not subtracted again.
 
     Args:
         rewards_PG: All rewards of the step.

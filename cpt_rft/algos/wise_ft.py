@@ -10,8 +10,9 @@ from cpt_rft.errors import CheckpointError
 def averaged_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """``(1 - share) * before + share * after``; a share of 0 or 1 gives one of the two, bit for bit.
 
-    Source: WiSE-FT, arXiv 2109.01903; mlfoundations/wise-ft@58b7a4b src/wise_ft.py _merge (without Fisher weights).
-    Differs from: averaged in float32 whatever the type; counters and other whole numbers are taken from ``after``.
+    Source: WiSE-FT, arXiv 2109.01903 section 3, equation 1; mlfoundations/wise-ft@58b7a4b src/wise_ft.py _merge
+    (without Fisher weights). Differs from: averaged in float32 whatever the type; counters and other whole numbers are
+    taken from ``after``.
 
     Raises:
         CheckpointError: The two do not hold the same names and shapes.

@@ -149,7 +149,7 @@ class GrpoMethod(_Method):
     """Advantages in float32 with the rounding of EasyR1: a group of equal rewards can then have an advantage that is
     not zero. Such groups are counted in the log (`rounded_groups`)."""
     loss: LossName = "default"
-    """Bound, ratio and aggregate by name (cpt_rft/algos/losses.py); `default` is EasyR1's, which the papers ran."""
+    """Bound, ratio and aggregate by name (cpt_rft/algos/losses.py); `default` is EasyR1's, which paper 1 ran."""
     ratio: Literal["token", "sequence", "sequence_token", "sequence_sum"] | None = None
     """Of which tokens the ratio to the sampling policy is taken; null for the loss's own."""
     aggregate: Literal["token", "sequence", "constant", "sum"] | None = None

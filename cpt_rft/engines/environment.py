@@ -44,7 +44,8 @@ def find_environment(framework: str, named: str | None, *, lock: str | None = No
     if not (path / "bin" / "python").exists() or (named is None and not (path / "ready").is_file()):
         raise ConfigError(
             f"The environment of {framework} is not at {path}.",
-            f"make it with 'bash scripts/setup_{framework}.sh', or name another with engine.environment=DIRECTORY",
+            f"make it with 'bash scripts/setup_{framework}.sh', or name another: engine.environment=DIRECTORY,"
+            " or rft_engine.environment=DIRECTORY for an rft_engine",
         )
     return path
 

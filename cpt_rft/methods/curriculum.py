@@ -15,7 +15,8 @@ class RowsByDifficulty:
 
     Source: AdaRFT, arXiv 2504.05520 algorithm 1 (`cpt_rft.algos.adarft`).
     Differs from: difficulty is estimated with the model at the start of the stage, not with another one; rows of equal
-    difficulty take turns by the seed, where the source takes the first; as many steps as without a curriculum.
+    difficulty take turns by the seed, where the source takes the first; the target follows the reward of training, with
+    its share for the form, where the source counts right answers; as many steps as without a curriculum.
 
     Args:
         rows: All rows of the stage.

@@ -15,7 +15,7 @@ def replayed(
     The remembered rows pass by in shuffled order, each once before any comes again. What is remembered of a task, and
     the order, depend on the seed and the tasks, not on the method: SFT and GRPO replay the same rows at the same step.
 
-    Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", arXiv 1902.10486, algorithm 1.
+    Source: Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", arXiv 1902.10486 (experience replay).
     Differs from: the memory of a task is a uniform choice among its rows, made once, where the source fills it from the
     stream; a row comes again only after all others, where the source draws each batch anew.
 

@@ -98,7 +98,7 @@ def remax_estimate(
     Mends verl/trainer/core_algos.py compute_remax_outcome_advantage, which multiplies (S,) by (S, T): it raises, or
     where S = T is silently wrong. Drop it once that function has the missing axis; broken since cf41904 (October 2025).
 
-    Source: arXiv 2310.10505.
+    Source: ReMax, arXiv 2310.10505.
     """
     gains_S = token_level_rewards.sum(dim=-1) - reward_baselines
     returns_ST = (token_level_rewards * response_mask).flip(-1).cumsum(-1).flip(-1)

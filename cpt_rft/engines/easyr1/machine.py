@@ -67,7 +67,7 @@ def _elsewhere(config: EasyR1Config, why: str) -> EasyR1Config:
     if config.processes == "auto":
         raise ConfigError(
             f"processes of the engine easyr1 is auto, but {why}.",
-            "say processes=N for it, the GPUs of each node",
+            "say rft_engine.processes=N, the GPUs of each node (engine.processes=N if it trains all methods)",
         )
     return _checked(config, device="cuda", dtype="bfloat16" if config.dtype == "auto" else config.dtype)
 

@@ -10,9 +10,10 @@ from cpt_rft.engines.local.objective import Backward, Objective, StepResult
 class AlternatingObjective:
     """Steps of one objective and of another in turn.
 
-    Source: ReLIFT, arXiv 2506.07527 section 3.
+    Source: ReLIFT, arXiv 2506.07527 (interleaved online fine-tuning).
     Differs from: a fixed number of steps each, on all rows of the step, where the source keeps the questions of which
-    no completion was right until they fill a batch and has their solutions from another model; one learning rate.
+    no completion was right until they fill a batch and has their solutions from another model; one learning rate; no
+    entropy term in the supervised loss, which version 2 of the paper has.
     """
 
     def __init__(self, reinforced: Objective, supervised: Objective, rounds: Alternate) -> None:

@@ -205,7 +205,7 @@ def _choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor | No
 def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
     """Log-probabilities (A, V) within the smallest set of likeliest tokens whose shares reach ``top_p``; -inf outside.
 
-    Source: Holtzman et al. 2020, section 3.1; as vLLM's top_p, at the sampling temperature.
+    Source: nucleus sampling, arXiv 1904.09751; as vLLM's top_p, at the sampling temperature.
     """
     ordered, places = logprobs.sort(dim=-1, descending=True, stable=True)
     shares = ordered.double().exp()

@@ -27,6 +27,7 @@ IMPORTANCE_NAME, ANCHOR_NAME = "importance.safetensors", "anchor.safetensors"
 def leave_importance(stage: Stage, policy: Policy, weights: Mapping[str, Tensor], settings: Ewc) -> None:
     """Write importance and anchor of the penalty that later stages are to be held by.
 
+    Source: EWC, arXiv 1612.00796 section 2 (`cpt_rft.algos.ewc`).
     Differs from: the source estimates the Fisher information from labels or from classes drawn from the model; here
     from one answer a prompt, sampled from the model at temperature 1, so that no label enters and SFT and GRPO are
     held by the same quantity.

@@ -24,7 +24,9 @@ class Adapter:
 
     An adapter adds ``alpha / rank * B A`` to a weight, A random and B zero at first.
 
-    Source: LoRA, arXiv 2106.09685 section 4.1; peft's Linear is the module.
+    Source: LoRA, arXiv 2106.09685 section 4.1, equation 3; peft's Linear is the module. Differs from: A begins uniform,
+    as in peft, where the paper draws it from a Gaussian; linear layers of the decoder by name, where the paper adapts
+    attention weights only.
 
     Args:
         model: The stock model; its linear layers are replaced in place.

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cpt_rft.checkpoint import EncodedPrompt
+from cpt_rft.engines.local.layers import attend, rms_norm, rotate, swiglu, turns
 from cpt_rft.engines.local.packing import Blocks, Contexts, pack_contexts
-from cpt_rft.engines.local.vision import VisionTower, attend, rms_norm, rotate, swiglu
+from cpt_rft.engines.local.vision import VisionTower
 from cpt_rft.errors import CheckpointError
 
 
@@ -49,13 +50,17 @@ class _Unpad(torch.autograd.Function):
 
 
 def pad(x: Tensor, slots: Tensor, size: int) -> Tensor:
-    """Spread (N, ...) over (size, ...) at distinct slots, zeros elsewhere."""
+    """Spread (N, ...) over (size, ...) at slots that only ascend, zeros elsewhere."""
+    if len(slots) == size:
+        return x
     out: Tensor = _Pad.apply(x, slots, size)
     return out
 
 
 def unpad(x: Tensor, slots: Tensor) -> Tensor:
-    """Pick (N, ...) out of (size, ...) at distinct slots."""
+    """Pick (N, ...) out of (size, ...) at slots that only ascend."""
+    if len(slots) == len(x):
+        return x
     out: Tensor = _Unpad.apply(x, slots)
     return out
 
@@ -128,22 +133,23 @@ class Network:
 
     def logits(self, contexts: Contexts, blocks: Blocks) -> Tensor:
         """Logits (N, V) that predict the targets of all blocks."""
-        split = len(contexts.ids)
         x = torch.cat([self._embed_contexts(contexts), self.decoder.embed_tokens(blocks.ids)])
         cos, sin = self._angles(torch.cat([contexts.positions, blocks.positions], dim=1))
         plan = _Plan(contexts, blocks)
 
         def through(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             q, k, v = self._qkv(layer, x, cos, sin)
-            return self._residual(layer, x, plan.attend_all(q, k, v, split))
+            return self._residual(layer, x, plan.attend_all(q, k, v))
 
         step = partial(recomputed, through) if self.decoder.gradient_checkpointing else through
         for layer in self.layers[:-1]:
             x = step(layer, x, cos, sin)
         layer = self.layers[-1]
         k, v = self._kv(layer, h := rms_norm(x, layer.input_layernorm), cos, sin)
-        x, h, cos, sin = x[split:], h[split:], cos[split:], sin[split:]
-        x = self._residual(layer, x, plan.attend_blocks(self._q(layer, h, cos, sin), k, v, split))
+        (k, own_k), (v, own_v) = k.split(plan.parts), v.split(plan.parts)
+        x, h, cos, sin = (each.split(plan.parts)[1] for each in (x, h, cos, sin))
+        mixed = plan.attend_blocks(self._q(layer, h, cos, sin), plan.context(k, v), own_k, own_v)
+        x = self._residual(layer, x, mixed)
         logits: Tensor = self.model.lm_head(rms_norm(x, self.decoder.norm))
         return logits
 
@@ -154,12 +160,10 @@ class Network:
         plan = _Plan(contexts, None)
         caches = []
         for index, layer in enumerate(self.layers):
+            h = rms_norm(x, layer.input_layernorm)
+            caches.append(plan.context(*self._kv(layer, h, cos, sin)))
             if index < len(self.layers) - 1:
-                q, k, v = self._qkv(layer, x, cos, sin)
-                x = self._residual(layer, x, plan.attend_contexts(q, k, v))
-            else:
-                k, v = self._kv(layer, rms_norm(x, layer.input_layernorm), cos, sin)
-            caches.append(Cache(plan.context_heads(k).contiguous(), plan.context_heads(v).contiguous()))
+                x = self._residual(layer, x, plan.attend_contexts(self._q(layer, h, cos, sin), caches[-1]))
         return caches
 
     def empty(self, rows: int, group: int, room: int) -> list[Cache]:
@@ -203,10 +207,9 @@ class Network:
         return torch.where((contexts.ids == self.image_token)[:, None], features, x)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (N, 1, head width), each rotation pair on its axis."""
+        """Cosines and sines (N, 1, head width) for `rotate`, each rotation pair on its axis."""
         angles = positions.float()[self.axis.to(positions.device)].T * self.frequencies.to(positions.device)
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return angles.cos(), angles.sin()
+        return turns(angles[:, None])
 
     def _qkv(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = rms_norm(x, layer.input_layernorm)
@@ -248,28 +251,35 @@ class _Plan:
         visible |= torch.eye(contexts.width, dtype=torch.bool, device=columns.device)
         self.causal_bias = _bias(visible)[:, None]
         if blocks is not None:
+            self.parts = [len(contexts.ids), len(blocks.ids)]
             width = blocks.mask.shape[-1]
             own = torch.ones(width, width, dtype=torch.bool, device=columns.device).tril()
             both = [real[:, None].expand(-1, width, -1), own.expand(len(real), -1, -1)]
             self.block_bias = _bias(torch.cat(both, dim=-1))[:, None, None, None]
 
-    def attend_all(self, q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
-        contexts = self.attend_contexts(q[:split], k[:split], v[:split])
-        return torch.cat([contexts, self.attend_blocks(q[split:], k, v, split)])
+    def attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of all tokens, contexts first: (N, Q * K, D)."""
+        (q, own_q), (k, own_k), (v, own_v) = (each.split(self.parts) for each in (q, k, v))
+        context = self.context(k, v)
+        return torch.cat([self.attend_contexts(q, context), self.attend_blocks(own_q, context, own_k, own_v)])
 
-    def context_heads(self, x: Tensor) -> Tensor:
+    def context(self, k: Tensor, v: Tensor) -> Cache:
+        """Keys and values of contexts, from (N, K, D)."""
+        return Cache(self._context_heads(k).contiguous(), self._context_heads(v).contiguous())
+
+    def _context_heads(self, x: Tensor) -> Tensor:
         """(N, heads, D) to (R, heads, P, D)."""
         rows, width = self.contexts.rows, self.contexts.width
         return pad(x, self.contexts.slots, rows * width).view(rows, width, *x.shape[1:]).transpose(1, 2)
 
-    def attend_contexts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_contexts(self, q: Tensor, context: Cache) -> Tensor:
         """Causal attention within each context: (N, Q * K, D)."""
-        shared = q.shape[1] // k.shape[1]
-        k, v = (self.context_heads(each).repeat_interleave(shared, dim=1) for each in (k, v))
-        mixed = attend(self.context_heads(q), k, v, self.causal_bias)
+        shared = q.shape[1] // context.keys.shape[1]
+        k, v = (each.repeat_interleave(shared, dim=1) for each in (context.keys, context.values))
+        mixed = attend(self._context_heads(q), k, v, self.causal_bias)
         return unpad(mixed.transpose(1, 2).flatten(0, 1), self.contexts.slots)
 
-    def attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
+    def attend_blocks(self, q: Tensor, context: Cache, k: Tensor, v: Tensor) -> Tensor:
         """Attention of block tokens to their context and, causally, to their own block: (N, Q * K, D)."""
         assert self.blocks is not None
         rows, group, width = self.blocks.mask.shape
@@ -278,10 +288,8 @@ class _Plan:
         def block_heads(x: Tensor) -> Tensor:  # (N, heads, D) to (R, heads, G, C, D)
             return pad(x, slots, rows * group * width).view(rows, group, width, *x.shape[1:]).permute(0, 3, 1, 2, 4)
 
-        context = Cache(self.context_heads(k[:split]), self.context_heads(v[:split]))
-        own = Cache(block_heads(k[split:]), block_heads(v[split:]))
         q = block_heads(q).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # (R, K, G, Q, C, D)
-        mixed = _attend_shared(q, context, own, self.block_bias)
+        mixed = _attend_shared(q, context, Cache(block_heads(k), block_heads(v)), self.block_bias)
         return unpad(mixed.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 2), slots)
 
 
@@ -294,12 +302,15 @@ def _attend_shared(q: Tensor, context: Cache, own: Cache, bias: Tensor) -> Tenso
         own: (R, K, G, N, D) keys and values of the completions.
         bias: Added to the scores; broadcasts to (R, K, G, Q, C, P + N).
     """
-    to_context = (q.flatten(2, 4) @ context.keys.transpose(-1, -2)).unflatten(2, q.shape[2:5])
-    to_own = (q.flatten(3, 4) @ own.keys.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+    by_prompt = q.flatten(2, 4).flatten(0, 1)
+    by_completion = by_prompt.view(-1, q.shape[3] * q.shape[4], q.shape[5])
+    to_context = torch.bmm(by_prompt, context.keys.flatten(0, 1).transpose(1, 2)).view(*q.shape[:5], -1)
+    to_own = torch.bmm(by_completion, own.keys.flatten(0, 2).transpose(1, 2)).view(*q.shape[:5], -1)
     shares = _shares(torch.cat([to_context, to_own], dim=-1), bias, q.shape[-1])
     share_context, share_own = shares.split([to_context.shape[-1], to_own.shape[-1]], dim=-1)
-    mixed = (share_context.flatten(2, 4) @ context.values).view(q.shape)
-    return mixed + (share_own.flatten(3, 4) @ own.values).view(q.shape)
+    mixed = torch.bmm(share_context.flatten(2, 4).flatten(0, 1), context.values.flatten(0, 1))
+    mixed = mixed.view_as(by_completion)
+    return torch.baddbmm(mixed, share_own.flatten(3, 4).flatten(0, 2), own.values.flatten(0, 2)).view(q.shape)
 
 
 def _shares(scores: Tensor, bias: Tensor, width: int) -> Tensor:

@@ -30,9 +30,11 @@ class _Piece(NamedTuple):
 class PrefixObjective(GrpoObjective):
     """Group-relative policy optimisation in which one further completion a prompt has a prefix of the target.
 
-    Source: Prefix-RFT, arXiv 2507.01679 and its appendix A.2 (`cpt_rft.algos.prefix_rft`).
-    Differs from: ratio and clip treat tokens of the prefix like any other, with the policy before the step below them;
-    continuations have the length limit to themselves; steps are those of a stage.
+    Source: Prefix-RFT, arXiv 2507.01679 version 3, section 3 and appendix A.2 (`cpt_rft.algos.prefix_rft`).
+    Differs from: the prefixed completion comes on top of the group, where the source's takes the place of a free one;
+    ratio and clip treat tokens of the prefix like any other, with the policy before the step below them; the surest
+    tokens are left out of all prefixes of the step, not of a micro-batch's; continuations have the length limit to
+    themselves; steps are those of a stage.
     """
 
     def __init__(self, *settings: Any, prefix: Prefix) -> None:

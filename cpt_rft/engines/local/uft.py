@@ -21,8 +21,9 @@ class UftObjective(GrpoObjective):
     """Reinforcement on what the policy writes after a hint, and supervision of the hint.
 
     Source: UFT, arXiv 2505.16984 section 3 and appendix B (`cpt_rft.algos.uft`).
-    Differs from: the hint is a piece of the tokens of the supervised target and stands where the answer begins, not in
-    the question; its length is drawn again at each step a row is in; the KL penalty is that of the method.
+    Differs from: the hint is a piece of the tokens of the supervised target, never all of them, where the source cuts
+    between sentences, and stands where the answer begins, not in the question; its length is drawn again at each step a
+    row is in; the KL penalty is that of the method.
     """
 
     def __init__(self, *settings: Any, hint: Hint) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpt_rft.engines.local.layers import attend, rms_norm, rotate, swiglu, turns
 from cpt_rft.engines.local.packing import Images
 
 
@@ -95,8 +96,7 @@ class VisionTower:
         unit = self.merge**2
         if len(plan.windows) > 1 or plan.windows[0][0] > 1:
             x = x.view(batch, -1, unit, x.shape[-1])[:, plan.order.to(device)].flatten(1, 2)
-        angles = (plan.positions[:, :, None].float() * self.frequencies).flatten(1).to(device)
-        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        cos, sin = turns((plan.positions[:, :, None].float() * self.frequencies).flatten(1).to(device))
         for index, block in enumerate(self.visual.blocks):
             windows = ((1, x.shape[1]),) if index in self.full else plan.windows
             x = x + self._attention(block.attn, rms_norm(x, block.norm1), cos, sin, windows)
@@ -120,58 +120,3 @@ class VisionTower:
             start = stop
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return attention.proj(mixed.transpose(1, 2).reshape(batch, length, width))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention (..., heads, length, width) over the last two axes; the softmax is computed in float32.
-
-    On a CPU, torch's fused attention holds no matrix of scores in float32, but its backward pass in bfloat16 takes some
-    fourteen times as long as the plain products.
-    """
-    if q.dtype == torch.float32 or q.is_cuda:
-        mask = None if bias is None else bias.to(q.dtype)
-        flat_q, flat_k, flat_v = (each.flatten(0, -4) for each in (q, k, v))
-        return F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask).reshape(q.shape)
-    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-    shares = (scores if bias is None else scores + bias).softmax(-1)
-    return shares.to(q.dtype) @ v
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotation of pairs; its gradient is the rotation back, which autograd alone would assemble from a dozen pieces."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1.0), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    out = x.float() * cos
-    sin_first, sin_second = sin.chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
-    out_first.addcmul_(second, sin_first, value=-sign)
-    out_second.addcmul_(first, sin_second, value=sign)
-    return out.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (..., width) by angles of that width (the second half repeats the first), in float32."""
-    out: Tensor = _Rotate.apply(x, cos, sin)
-    return out
-
-
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    """Root-mean-square norm with the parameters of a stock norm."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def swiglu(mlp: Any, x: Tensor) -> Tensor:
-    """The gated feed-forward block."""
-    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
