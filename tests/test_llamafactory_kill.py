@@ -132,12 +132,6 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, str]:
 
 
 @pytest.mark.full
-def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(tmp_path: Path, short: tuple[Kind, str]) -> None:
-    """About 45 seconds, and as many for the run without a stop."""
-    check_one_kill(tmp_path / "stage", *short)
-
-
-@pytest.mark.full
 def test_a_disk_that_is_full_while_a_resume_point_is_saved(tmp_path: Path, short: tuple[Kind, str]) -> None:
     """A real disk too small for two resume points, then one with room; about 45 seconds."""
     kind, whole = short
@@ -199,7 +193,7 @@ def check_kills(tmp_path: Path, whole: str, seeds: range, record_property: Calla
     assert hits > len(seeds) // 2 and resumed
 
 
-@pytest.mark.campaign(name="kill_llamafactory_3")
+@pytest.mark.full
 def test_three_kills(tmp_path: Path, whole: str, record_property: Callable[[str, object], None]) -> None:
     """About two minutes."""
     check_kills(tmp_path, whole, range(3), record_property)
