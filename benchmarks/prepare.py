@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cpt_rft.data.checks import Checks
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example, Split
 from cpt_rft.data.pipeline import Settings, prepare_task

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cpt_rft.data.checks import Checks
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.export import export_task

@@ -5,58 +5,27 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, NamedTuple
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from cpt_rft.config.document import Document
-from cpt_rft.config.load import REPOSITORY, validate
 from cpt_rft.data.drop import Drop
-from cpt_rft.data.example import IMAGE_TAG, Example, Split
+from cpt_rft.data.example import IMAGE_TAG, Example
 from cpt_rft.data.picture import PictureError, canonical, encode_png, load_picture, needs_no_change
 from cpt_rft.data.reasons import Reason
 from cpt_rft.data.tokens import PromptCounter
 from cpt_rft.prompts import PRESETS, STYLES, user_text_of
 from cpt_rft.vision import VisionSpec
 
-CHECKS_FILE = REPOSITORY / "configs" / "data.yaml"
+if TYPE_CHECKING:  # pydantic takes longer to import than everything else that a worker needs
+    from cpt_rft.data.config import Checks
+
 # What engines replace by a picture, a film, a sound or the end of a turn wherever it stands.
 _RESERVED = re.compile(r"<\|\w+\|>|<video>|<audio>")
 _SAMPLES = 32  # pixels a side that a fingerprint looks at
 _REMEMBERED = 20_000  # verdicts on pictures that come again and again
 _PNG_REMEMBERED = 8  # pictures stored anew: neighbours often share one
-
-
-class Checks(BaseModel):
-    """One file like configs/data.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    min_pixels: PositiveInt = 3136
-    """Pictures below this area are enlarged by the processor."""
-    max_pixels: PositiveInt = 1_003_520
-    """Pictures above this area are shrunk by the processor."""
-    max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt, pictures expanded."""
-    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of a split that may be dropped for reasons that its task does not expect."""
-    duplicates_dropped: tuple[Split, ...] = ("train", "dev")
-    """Splits that lose repeated and contradicting rows; elsewhere they are counted and kept."""
-    picture_overlap: Literal["report", "drop"] = "report"
-    """What happens to rows of train (dev) whose picture also stands in dev or test, under another question."""
-    processor_sample: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the rows that the real processor is asked about."""
-
-
-def load_checks(path: Path = CHECKS_FILE) -> Checks:
-    """Read a file of checks strictly.
-
-    Raises:
-        ConfigError: A key or value is wrong; with file and line.
-    """
-    return validate(Checks, Document.read(path))
 
 
 class PictureFacts(NamedTuple):
@@ -95,10 +64,10 @@ class CheckedRow(NamedTuple):
 class RowChecker:
     """Checks rows one by one. It lives in one process and remembers what it saw of repeated pictures."""
 
-    def __init__(self, checks: Checks, counter: PromptCounter | None = None) -> None:
-        self.checks = checks
+    def __init__(self, checks: "Checks", counter: PromptCounter | None = None) -> None:
         self.counter = counter
         self.vision = VisionSpec(checks.min_pixels, checks.max_pixels)
+        self.max_prompt_tokens = checks.max_prompt_tokens
         self._facts: dict[str, PictureFacts | PictureError] = {}
         self._stored_anew: OrderedDict[str, bytes] = OrderedDict()
 
@@ -122,10 +91,10 @@ class RowChecker:
         texts = prompts_of(row)
         if self.counter is not None:
             tokens = max(self.counter(text, counts) for text in texts)
-            too_long = tokens > self.checks.max_prompt_tokens
+            too_long = tokens > self.max_prompt_tokens
         else:  # a byte-level tokenizer makes at most one token a byte
             tokens = sum(counts) + max(len(text.encode()) for text in texts)
-            too_long = sum(counts) > self.checks.max_prompt_tokens
+            too_long = sum(counts) > self.max_prompt_tokens
         if too_long:
             detail = f"{tokens} tokens, {sum(counts)} of them for pictures"
             return Drop(row.id, row.split, Reason.TOO_LONG, detail)
