@@ -66,8 +66,9 @@ class Pictures(Task):
     def encoded(self, number: int) -> bytes:
         """A JPEG file with pixels that no other row has: one of the first entries of its quantiser is its own."""
         drawn = bytearray(self.drawn[number % DISTINCT])
-        variant = number // DISTINCT
-        drawn[drawn.index(b"\xff\xdb") + 5 + 1 + variant % 10] = 1 + variant // 10
+        more, place = divmod(number // DISTINCT, 10)
+        place += drawn.index(b"\xff\xdb") + 5 + 1
+        drawn[place] = (drawn[place] + more) % 255 + 1
         return bytes(drawn)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,7 +62,7 @@ class CheckedRow(NamedTuple):
 
 
 class RowChecker:
-    """Checks rows one by one. It lives in one process and remembers what it saw of repeated pictures."""
+    """Checks rows. It lives in one process and remembers what it saw of repeated pictures."""
 
     def __init__(self, checks: "Checks", counter: PromptCounter | None = None) -> None:
         self.counter = counter
@@ -71,20 +71,25 @@ class RowChecker:
         self._facts: dict[str, PictureFacts | PictureError] = {}
         self._stored_anew: OrderedDict[str, bytes] = OrderedDict()
 
-    def __call__(self, row: Example) -> CheckedRow | Drop:
-        """The row with canonical pictures, or why it is dropped."""
+    def __call__(self, rows: Iterable[Example | Drop]) -> list[CheckedRow | Drop]:
+        """Each row with canonical pictures, or why it is dropped; what is dropped already stays so.
+
+        One check after the other goes over all rows: a picture that is decoded takes the processor's cache for itself.
+        """
+        texts = [row if isinstance(row, Drop) else _with_fine_texts(row) for row in rows]
+        pictures = [row if isinstance(row, Drop) else self._with_pictures(row) for row in texts]
+        return [row if isinstance(row, Drop) else self._measured(*row) for row in pictures]
+
+    def _with_pictures(self, row: Example) -> tuple[Example, tuple[PictureFacts, ...]] | Drop:
+        facts, images = [], []
         try:
-            fault = text_fault(row)
-            if fault is not None:
-                return Drop(str(row.id), row.split, *fault)
-            facts, images = [], []
             for number, data in enumerate(row.images, 1):
                 found, stored = self._picture(data, f"picture {number}")
                 facts.append(found)
                 images.append(stored)
-            return self._measured(_stored_row(row, facts, images), tuple(facts))
         except PictureError as error:
             return Drop(row.id, row.split, error.reason, error.problem)
+        return _stored_row(row, facts, images), tuple(facts)
 
     def _measured(self, row: Example, facts: tuple[PictureFacts, ...]) -> CheckedRow | Drop:
         counts = [self.vision.image_tokens(fact.height, fact.width) for fact in facts]
@@ -204,6 +209,11 @@ def is_safe_name(name: object) -> bool:
     path = PurePosixPath(name)
     odd = any(mark in name for mark in "\\:")
     return not (odd or path.is_absolute() or ".." in path.parts or not path.name or not _is_unicode(name))
+
+
+def _with_fine_texts(row: Example) -> Example | Drop:
+    fault = text_fault(row)
+    return row if fault is None else Drop(str(row.id), row.split, *fault)
 
 
 def _stored_row(row: Example, facts: Sequence[PictureFacts], images: Sequence[bytes]) -> Example:

@@ -6,7 +6,6 @@ Where a part ends depends on the rows alone, so a prepare that was killed goes o
 import contextlib
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import SCHEMA, to_record
 from cpt_rft.data.workers import run_in_processes
-from cpt_rft.files import FileRecord, atomic_path, read_json, write_text_atomic
+from cpt_rft.files import FileRecord, atomic_path, read_json, sha256_file, uncache_file, write_text_atomic
 
 PART_ROWS = 512
 PART_BYTES = 8 * 2**20  # of pictures: what one process holds at once, a few times over
@@ -109,23 +108,13 @@ def read_parts(directory: Path) -> Iterator[PartFacts]:
         yield PartFacts(path, file, stored["rows_in"], tuple(map(RowFacts._make, kept)), drops)
 
 
-class _HashedFile(io.FileIO):
-    """Knows the hash of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return super().write(data) or 0
-
-
 def write_table(path: Path, table: pa.Table) -> FileRecord:
     """Write rows as one parquet file, whole or not at all."""
-    with atomic_path(path) as partial, _HashedFile(partial) as file:
-        pq.write_table(table, file, **PARQUET_OPTIONS)
-        return FileRecord(file.tell(), file.digest.hexdigest())
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, **PARQUET_OPTIONS)
+        record = FileRecord(partial.stat().st_size, sha256_file(partial))
+    uncache_file(path)
+    return record
 
 
 def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
@@ -165,7 +154,7 @@ def _runner(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Exam
 
 def make_part(checker: RowChecker, rows: Iterable[Example | Drop], path: Path) -> None:
     """Check rows and write those that pass; the facts are written last and say that the part is whole."""
-    outcomes = [row if isinstance(row, Drop) else checker(row) for row in rows]
+    outcomes = checker(rows)
     kept = [outcome for outcome in outcomes if isinstance(outcome, CheckedRow)]
     drops = [outcome for outcome in outcomes if isinstance(outcome, Drop)]
     records = [to_record(row.example) for row in kept]
