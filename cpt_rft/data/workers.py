@@ -19,7 +19,7 @@ from cpt_rft.errors import DataError
 
 
 @contextmanager
-def run_in_processes(function: Callable[..., None], count: int) -> Iterator[Callable[..., None]]:
+def run_in_processes(function: Callable[..., object], count: int) -> Iterator[Callable[..., None]]:
     """A function that has another process call ``function``; it waits until one of the processes is idle.
 
     When the block ends, all calls are done and no process is left. A process is started when it is first needed.
@@ -61,7 +61,7 @@ def run_in_processes(function: Callable[..., None], count: int) -> Iterator[Call
 class _Worker:
     """One process; it does one call at a time."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cpt_rft.data.workers"],
             stdin=subprocess.PIPE,
@@ -101,9 +101,8 @@ class _Worker:
     def _explain_end(self) -> NoReturn:
         status = self._process.wait()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise DataError(
-            f"A process that prepares rows {how}.", "if memory ran out, use fewer (--processes 1); then go on"
-        ) from None
+        fix = "if memory ran out, use fewer (--processes 1); then give the same command again"
+        raise DataError(f"A process that prepares rows {how}.", fix) from None
 
 
 def main() -> NoReturn:
