@@ -1,8 +1,8 @@
 """How fast pictures are prepared, beside Pillow's bare decoding of the same pictures in the same run.
 
 Usage: python benchmarks/prepare.py [--pictures N] [--processes N ...] [--rounds N]. The rows are 640 x 480 JPEGs held
-in memory; a prepare decodes, hashes, compares and writes them. Rates are pictures a
-second of processor time, so that other work on the machine does not count; the wall clock is given beside them.
+in memory; a prepare decodes, hashes, compares and writes them. Rates are pictures a second of processor time, so that
+other work on the machine does not count; the wall clock is given beside them.
 Several numbers of processes take turns, round by round, and medians over the rounds are told.
 """
 
