@@ -1,8 +1,8 @@
 """How fast pictures are prepared, beside Pillow's bare decoding of the same pictures in the same run.
 
 Usage: python benchmarks/prepare.py [--pictures N] [--processes N ...] [--rounds N]. The rows are 640 x 480 JPEGs held
-in memory; a prepare decodes, hashes, compares and writes them twice (parts, then the split). Rates are pictures a
-second of processor time, so that other work on the machine does not count; the wall clock is given beside them.
+in memory; a prepare decodes, hashes, compares and writes them. Rates are pictures a second of processor time, so that
+other work on the machine does not count; the wall clock is given beside them.
 Several numbers of processes take turns, round by round, and medians over the rounds are told.
 """
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cpt_rft.data.checks import Checks
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example, Split
 from cpt_rft.data.pipeline import Settings, prepare_task
@@ -64,11 +64,16 @@ class Pictures(Task):
             )
 
     def encoded(self, number: int) -> bytes:
-        """A JPEG file with pixels that no other row has: one of the first entries of its quantiser is its own."""
-        drawn = bytearray(self.drawn[number % DISTINCT])
-        variant = number // DISTINCT
-        drawn[drawn.index(b"\xff\xdb") + 5 + 1 + variant % 10] = 1 + variant // 10
-        return bytes(drawn)
+        """A JPEG file with pixels that no other row has."""
+        variant, drawn = divmod(number, DISTINCT)
+        return altered(self.drawn[drawn], variant)
+
+
+def altered(drawn: bytes, variant: int) -> bytes:
+    """The JPEG file with another quantiser for each of 2,540 variants: one of its first ten entries is greater."""
+    more, place = divmod(variant, 10)
+    place += drawn.index(b"\xff\xdb") + 5 + 1
+    return drawn[:place] + bytes([(drawn[place] + more) % 255 + 1]) + drawn[place + 1 :]
 
 
 def draw(number: int) -> bytes:

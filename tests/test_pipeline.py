@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cpt_rft.data.checks import Checks
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.index import read_index

@@ -1,5 +1,6 @@
 """Preparing under attack: corrupt rows and files, kills at any moment, sets larger than memory."""
 
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cpt_rft.data.checks import Checks
+from benchmarks.prepare import DISTINCT, altered, draw
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.export import export_task
@@ -144,7 +146,8 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 def child(out: Path, processes: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tests.helpers.prepare_child", str(out), str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def finished(out: Path, processes: int) -> str:
@@ -158,7 +161,7 @@ def finished(out: Path, processes: int) -> str:
 def killed(out: Path, processes: int, line: int, delay_s: float) -> bool:
     """Start a prepare and kill it a moment after it printed so many lines; whether it came so far.
 
-    Nothing that it started outlives it: the pipe ends with the last process that holds it.
+    Nothing that it started outlives it: the pipe of errors ends with the last process that holds it.
     """
     with child(out, processes) as process:
         assert process.stdout is not None
@@ -206,6 +209,31 @@ def test_no_process_outlives_a_prepare_that_is_killed(tmp_path: Path) -> None:
     assert killed(tmp_path / "out", 2, 10, 0.0)
 
 
+def test_a_part_on_disk_is_in_memory_no_longer(tmp_path: Path) -> None:
+    def in_memory(path: Path) -> bool:
+        with path.open("rb") as file:
+            try:
+                return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
+                return False
+            except OSError:
+                pytest.skip("this file system does not say what it holds in memory")
+
+    if not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("this system does not say what it holds in memory")
+    prepare_task(ListedTask({"train": [row(1)]}), tmp_path, tmp_path / "out", LOOSE)
+    path = tmp_path / "out" / "listed" / "train" / "00000.parquet"
+    assert not in_memory(path)
+    path.read_bytes()
+    assert in_memory(path)
+
+
+def test_no_picture_of_the_benchmark_comes_twice() -> None:
+    drawn = draw(0)
+    variants = {hashlib.sha256(altered(drawn, number)).digest() for number in range(80_000 // DISTINCT)}
+    assert len(variants) == 80_000 // DISTINCT
+
+
 def benchmark(*arguments: object) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -233,7 +261,7 @@ def test_80_000_pictures_fit_in_memory(record_property: Callable[[str, object], 
 def test_two_processes_cost_what_one_does(record_property: Callable[[str, object], None]) -> None:
     """What a picture costs must not rise; how far the clock follows depends on what else the cores do.
 
-    Red when last run, on a quiet machine: 0.78 of the bare rate with one process, 0.64 with two (docs/log.md).
+    Red when last run: 0.81 of the bare rate with one process, 0.72 with two (docs/log.md).
     """
     result = benchmark("--pictures", 8_000, "--processes", 1, 2, "--rounds", 3)
     record_property("prepare", result)

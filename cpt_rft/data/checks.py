@@ -3,60 +3,29 @@
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, NamedTuple
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from cpt_rft.config.document import Document
-from cpt_rft.config.load import REPOSITORY, validate
 from cpt_rft.data.drop import Drop
-from cpt_rft.data.example import IMAGE_TAG, Example, Split
+from cpt_rft.data.example import IMAGE_TAG, Example
 from cpt_rft.data.picture import PictureError, canonical, encode_png, load_picture, needs_no_change
 from cpt_rft.data.reasons import Reason
 from cpt_rft.data.tokens import PromptCounter
 from cpt_rft.prompts import PRESETS, STYLES, user_text_of
 from cpt_rft.vision import VisionSpec
 
-CHECKS_FILE = REPOSITORY / "configs" / "data.yaml"
+if TYPE_CHECKING:  # pydantic takes longer to import than everything else that a worker needs
+    from cpt_rft.data.config import Checks
+
 # What engines replace by a picture, a film, a sound or the end of a turn wherever it stands.
 _RESERVED = re.compile(r"<\|\w+\|>|<video>|<audio>")
 _SAMPLES = 32  # pixels a side that a fingerprint looks at
 _REMEMBERED = 20_000  # verdicts on pictures that come again and again
 _PNG_REMEMBERED = 8  # pictures stored anew: neighbours often share one
-
-
-class Checks(BaseModel):
-    """One file like configs/data.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    min_pixels: PositiveInt = 3136
-    """Pictures below this area are enlarged by the processor."""
-    max_pixels: PositiveInt = 1_003_520
-    """Pictures above this area are shrunk by the processor."""
-    max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt, pictures expanded."""
-    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of a split that may be dropped for reasons that its task does not expect."""
-    duplicates_dropped: tuple[Split, ...] = ("train", "dev")
-    """Splits that lose repeated and contradicting rows; elsewhere they are counted and kept."""
-    picture_overlap: Literal["report", "drop"] = "report"
-    """What happens to rows of train (dev) whose picture also stands in dev or test, under another question."""
-    processor_sample: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the rows that the real processor is asked about."""
-
-
-def load_checks(path: Path = CHECKS_FILE) -> Checks:
-    """Read a file of checks strictly.
-
-    Raises:
-        ConfigError: A key or value is wrong; with file and line.
-    """
-    return validate(Checks, Document.read(path))
 
 
 class PictureFacts(NamedTuple):
@@ -93,39 +62,44 @@ class CheckedRow(NamedTuple):
 
 
 class RowChecker:
-    """Checks rows one by one. It lives in one process and remembers what it saw of repeated pictures."""
+    """Checks rows. It lives in one process and remembers what it saw of repeated pictures."""
 
-    def __init__(self, checks: Checks, counter: PromptCounter | None = None) -> None:
-        self.checks = checks
+    def __init__(self, checks: "Checks", counter: PromptCounter | None = None) -> None:
         self.counter = counter
         self.vision = VisionSpec(checks.min_pixels, checks.max_pixels)
+        self.max_prompt_tokens = checks.max_prompt_tokens
         self._facts: dict[str, PictureFacts | PictureError] = {}
         self._stored_anew: OrderedDict[str, bytes] = OrderedDict()
 
-    def __call__(self, row: Example) -> CheckedRow | Drop:
-        """The row with canonical pictures, or why it is dropped."""
+    def __call__(self, rows: Iterable[Example | Drop]) -> list[CheckedRow | Drop]:
+        """Each row with canonical pictures, or why it is dropped; what is dropped already stays so.
+
+        One check after the other goes over all rows: a picture that is decoded takes the processor's cache for itself.
+        """
+        texts = [row if isinstance(row, Drop) else _with_fine_texts(row) for row in rows]
+        pictures = [row if isinstance(row, Drop) else self._with_pictures(row) for row in texts]
+        return [row if isinstance(row, Drop) else self._measured(*row) for row in pictures]
+
+    def _with_pictures(self, row: Example) -> tuple[Example, tuple[PictureFacts, ...]] | Drop:
+        facts, images = [], []
         try:
-            fault = text_fault(row)
-            if fault is not None:
-                return Drop(str(row.id), row.split, *fault)
-            facts, images = [], []
             for number, data in enumerate(row.images, 1):
                 found, stored = self._picture(data, f"picture {number}")
                 facts.append(found)
                 images.append(stored)
-            return self._measured(_stored_row(row, facts, images), tuple(facts))
         except PictureError as error:
             return Drop(row.id, row.split, error.reason, error.problem)
+        return _stored_row(row, facts, images), tuple(facts)
 
     def _measured(self, row: Example, facts: tuple[PictureFacts, ...]) -> CheckedRow | Drop:
         counts = [self.vision.image_tokens(fact.height, fact.width) for fact in facts]
         texts = prompts_of(row)
         if self.counter is not None:
             tokens = max(self.counter(text, counts) for text in texts)
-            too_long = tokens > self.checks.max_prompt_tokens
+            too_long = tokens > self.max_prompt_tokens
         else:  # a byte-level tokenizer makes at most one token a byte
             tokens = sum(counts) + max(len(text.encode()) for text in texts)
-            too_long = sum(counts) > self.checks.max_prompt_tokens
+            too_long = sum(counts) > self.max_prompt_tokens
         if too_long:
             detail = f"{tokens} tokens, {sum(counts)} of them for pictures"
             return Drop(row.id, row.split, Reason.TOO_LONG, detail)
@@ -235,6 +209,11 @@ def is_safe_name(name: object) -> bool:
     path = PurePosixPath(name)
     odd = any(mark in name for mark in "\\:")
     return not (odd or path.is_absolute() or ".." in path.parts or not path.name or not _is_unicode(name))
+
+
+def _with_fine_texts(row: Example) -> Example | Drop:
+    fault = text_fault(row)
+    return row if fault is None else Drop(str(row.id), row.split, *fault)
 
 
 def _stored_row(row: Example, facts: Sequence[PictureFacts], images: Sequence[bytes]) -> Example:

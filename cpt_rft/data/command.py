@@ -78,7 +78,7 @@ def _action(actions: Any, name: str, run: Callable[..., object], text: str) -> a
 def _prepare(options: argparse.Namespace) -> None:
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
-    from cpt_rft.data.checks import CHECKS_FILE, load_checks
+    from cpt_rft.data.config import CHECKS_FILE, load_checks
     from cpt_rft.data.ledger import ledger_notes, ledger_table, read_ledger
     from cpt_rft.data.lock import read_lock
     from cpt_rft.data.pipeline import Settings

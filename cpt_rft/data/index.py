@@ -30,10 +30,7 @@ SCHEMA = pa.schema(
 
 def write_index(path: Path, rows: Iterable[tuple[str, RowFacts]]) -> None:
     """Write the facts of all rows with the split of each, in the order of the splits' rows."""
-    records = [
-        {"split": split, **facts._asdict(), "pictures": [picture._asdict() for picture in facts.pictures]}
-        for split, facts in rows
-    ]
+    records = [{"split": split, **facts._asdict()} for split, facts in rows]
     pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), path, compression="zstd")
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from cpt_rft.data.checks import Checks, PictureFacts, pixels_sha256
+from cpt_rft.data.checks import PictureFacts, pixels_sha256
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Split
 from cpt_rft.data.parts import RowFacts

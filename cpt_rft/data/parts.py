@@ -4,17 +4,10 @@ Where a part ends depends on the rows alone, so a prepare that was killed goes o
 """
 
 import contextlib
+import functools
 import hashlib
-import io
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import pickle
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +18,14 @@ from cpt_rft.data.checks import CheckedRow, PictureFacts, RowChecker
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import SCHEMA, to_record
-from cpt_rft.files import FileRecord, atomic_path, read_json, write_text_atomic
+from cpt_rft.data.workers import run_in_processes
+from cpt_rft.files import FileRecord, atomic_path, read_json, sha256_file, uncache_file, write_text_atomic
 
 PART_ROWS = 512
 PART_BYTES = 8 * 2**20  # of pictures: what one process holds at once, a few times over
 # Pictures are compressed already, and nobody searches these files by value.
 PARQUET_OPTIONS = {"compression": "none", "write_statistics": False, "use_dictionary": False}
 DONE_NAME = "complete.json"
-HANDED = ".rows"  # from this process to the one that makes the part
-
-_checker: RowChecker | None = None  # of this worker process
 
 
 class RowFacts(NamedTuple):
@@ -97,7 +88,7 @@ def make_parts(
         return
     directory.mkdir(parents=True, exist_ok=True)
     count = number = 0
-    with _pool(checker, processes) as run:
+    with _runner(checker, processes) as run:
         for number, part in enumerate(_cut(rows), 1):
             path = _path(directory, number - 1)
             if not path.with_suffix(".json").exists():
@@ -117,23 +108,13 @@ def read_parts(directory: Path) -> Iterator[PartFacts]:
         yield PartFacts(path, file, stored["rows_in"], tuple(map(RowFacts._make, kept)), drops)
 
 
-class _HashedFile(io.FileIO):
-    """Knows the hash of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return super().write(data) or 0
-
-
 def write_table(path: Path, table: pa.Table) -> FileRecord:
     """Write rows as one parquet file, whole or not at all."""
-    with atomic_path(path) as partial, _HashedFile(partial) as file:
-        pq.write_table(table, file, **PARQUET_OPTIONS)
-        return FileRecord(file.tell(), file.digest.hexdigest())
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, **PARQUET_OPTIONS)
+        record = FileRecord(partial.stat().st_size, sha256_file(partial))
+    uncache_file(path)
+    return record
 
 
 def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
@@ -151,66 +132,29 @@ def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
 
 
 @contextlib.contextmanager
-def _pool(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Example | Drop], Path], None]]:
+def _runner(checker: RowChecker, processes: int) -> Iterator[Callable[[list[Example | Drop], Path], None]]:
     """A function that makes a part now or soon; all are made, or an error is raised, when the block ends."""
+    here = functools.partial(make_part, checker)
     if processes <= 1:
-        yield lambda part, path: make_part(checker, part, path)
+        yield here
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    waiting: deque[Future[None]] = deque()
     first = True
-    with ProcessPoolExecutor(processes, context, _start_worker, (checker,)) as pool:
+    with run_in_processes(here, processes) as there:
 
         def run(part: list[Example | Drop], path: Path) -> None:
             nonlocal first
             if first:  # most small splits are one part: no process is started for them
                 first = False
-                make_part(checker, part, path)
-                return
-            # Through a file: a pipe hands over 64 kB at a time, each in a buffer as large as all that is left.
-            handed = path.with_suffix(HANDED)
-            with handed.open("wb") as file:
-                pickle.dump(part, file, pickle.HIGHEST_PROTOCOL)
-            waiting.append(pool.submit(_work, handed, path))
-            while len(waiting) > processes:  # one part more than can be worked on, so that memory stays bounded
-                waiting.popleft().result()
+                here(part, path)
+            else:
+                there(part, path)
 
-        try:
-            yield run
-            for future in waiting:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _start_worker(checker: RowChecker) -> None:
-    global _checker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _checker = checker
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed tells its workers nothing: they would wait for ever, or write beside its successor."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _work(handed: Path, path: Path) -> None:
-    assert _checker is not None
-    with handed.open("rb") as file:
-        part = pickle.load(file)
-    handed.unlink()
-    make_part(_checker, part, path)
+        yield run
 
 
 def make_part(checker: RowChecker, rows: Iterable[Example | Drop], path: Path) -> None:
     """Check rows and write those that pass; the facts are written last and say that the part is whole."""
-    outcomes = [row if isinstance(row, Drop) else checker(row) for row in rows]
+    outcomes = checker(rows)
     kept = [outcome for outcome in outcomes if isinstance(outcome, CheckedRow)]
     drops = [outcome for outcome in outcomes if isinstance(outcome, Drop)]
     records = [to_record(row.example) for row in kept]

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpt_rft import __version__
-from cpt_rft.data.checks import Checks, RowChecker
+from cpt_rft.data.checks import RowChecker
+from cpt_rft.data.config import Checks
 from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Split
 from cpt_rft.data.index import INDEX_NAME, write_index

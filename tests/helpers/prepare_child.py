@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cpt_rft.data import parts, pipeline
-from cpt_rft.data.checks import Checks
+from cpt_rft.data.config import Checks
 from cpt_rft.data.pipeline import Settings, prepare_task
 from tests.helpers.listed_task import ListedTask, row
 
