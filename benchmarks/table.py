@@ -15,7 +15,7 @@ MATRIX = RESULTS / "evaluation/matrix.json"
 BEGIN, END = "<!-- figures: begin (benchmarks/table.py) -->\n", "<!-- figures: end -->\n"
 HEAD = (
     "| work, peer | model | ours, s | peer, s | ratio (range) | floor | operations ratio | share of the matrix rate |"
-    " memory grown, MiB (peer) |\n|---|---|---|---|---|---|---|---|---|\n"
+    " peak memory, MiB (peer) |\n|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -31,7 +31,7 @@ def row(found: dict[str, Any]) -> str:
     return (
         f"| {found['what']} | {found['size']}, {found['machine']['device']} | {ours:.3f} | {peer:.3f} |"
         f" {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {floor} | {found['operations_ratio']:.2f} |"
-        f" {found['share_of_limit']:.0%} | {found['grown_mib'][0]:.0f} ({found['grown_mib'][1]:.0f}) |\n"
+        f" {found['share_of_limit']:.0%} | {found['peak_mib'][0]:.0f} ({found['peak_mib'][1]:.0f}) |\n"
     )
 
 

@@ -1,7 +1,12 @@
 """Memory and energy of a stage: read where the machine tells, and none where it does not."""
 
+import ctypes
+import mmap
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -11,17 +16,39 @@ from cpt_rft.engines.local.usage import Usage, gpu_counters, package_counters
 MIB = 2**20
 
 
+def held(size: int) -> mmap.mmap:
+    """Memory of the system itself, whatever this process keeps of what it has freed."""
+    block = mmap.mmap(-1, size)
+    numpy.frombuffer(block, numpy.uint8)[:] = 1
+    return block
+
+
 def test_the_peak_is_that_since_the_beginning() -> None:
-    block = torch.ones(100 * MIB, dtype=torch.uint8)
+    block = held(100 * MIB)
     first = Usage("cpu")
     before = first.memory_bytes()
     assert before > 100 * MIB
-    del block
-    torch.ones(300 * MIB, dtype=torch.uint8)
+    block.close()
+    held(300 * MIB).close()
     most = first.memory_bytes()
     assert 150 * MIB < most - before < 250 * MIB  # 300 more, when 100 had been let go
     if usage._CLEAR.exists():  # Linux: what an earlier stage of this process held is not laid on a later one
         assert Usage("cpu").memory_bytes() < most - 250 * MIB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library keeps nothing")
+def test_what_an_earlier_stage_freed_and_kept_is_not_laid_on_a_later_one() -> None:
+    program = """
+import torch
+from cpt_rft.engines.local.runtime import keep_freed_memory
+from cpt_rft.engines.local.usage import Usage
+keep_freed_memory()
+first = Usage("cpu")
+torch.ones(300 * 2**20, dtype=torch.uint8)
+print(first.memory_bytes() - Usage("cpu").memory_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 250 * MIB
 
 
 def test_without_procfs_the_peak_is_that_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ class Gate:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._started = (0.0, 0.0)
-        self._held = 0.0
 
     def ready(self, **facts: Any) -> None:
         """Set-up is over."""
@@ -34,7 +33,6 @@ class Gate:
             if line.strip() != "go":
                 break
             _reset_peak()
-            self._held = resident_mib()
             self._started = (time.perf_counter(), time.process_time())
             return True
         return False
@@ -42,8 +40,7 @@ class Gate:
     def report(self, **facts: Any) -> None:
         """The unit is over: stop the clock and tell."""
         wall, cpu = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        memory = {"peak_mib": peak_mib(), "grown_mib": peak_mib() - self._held}
-        self._say({"wall": wall, "cpu": cpu, **memory, **facts})
+        self._say({"wall": wall, "cpu": cpu, "peak_mib": peak_mib(), **facts})
 
     def loop(self, unit: Callable[[], dict[str, Any] | None]) -> None:
         """Serve a unit of work that is a plain call."""
@@ -123,18 +120,9 @@ def matrix_rate() -> dict[str, float]:
     return rates
 
 
-def _status(key: str) -> float:
-    return int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0]) / 1024
-
-
-def resident_mib() -> float:
-    """Memory held now."""
-    return _status("VmRSS")
-
-
 def peak_mib() -> float:
     """The most memory held since the unit began."""
-    return _status("VmHWM")
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _reset_peak() -> None:

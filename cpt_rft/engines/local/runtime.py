@@ -80,6 +80,13 @@ def keep_freed_memory() -> None:
         setting(_M_TRIM_THRESHOLD, _KEPT)
 
 
+def give_back_freed_memory() -> None:
+    """Give back what was kept so far, so that what one stage freed is not counted as the next one's memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _has_bfloat16(device: str) -> bool:
     """Whether bfloat16 is computed as such, not emulated (which is slower than float32)."""
     if device.startswith("cuda"):

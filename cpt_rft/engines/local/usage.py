@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from cpt_rft.engines.local.runtime import give_back_freed_memory
+
 _POWERCAP = Path("/sys/class/powercap")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -28,6 +30,7 @@ class Usage:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            give_back_freed_memory()
             forget_peak()
 
     def memory_bytes(self) -> int:
