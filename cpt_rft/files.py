@@ -145,20 +145,6 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def uncache_file(path: Path) -> None:
-    """Take a file that lies on disk out of the system's memory; it is not read soon.
-
-    A program that writes more than memory holds then leaves there what others use, and writes its next file into the
-    same memory, which costs less than memory that was not used before.
-    """
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def fsync_directory(directory: Path) -> None:
     """Force a directory's entries (names, renames) to disk."""
     fsync_file(directory)

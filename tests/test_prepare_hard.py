@@ -209,25 +209,6 @@ def test_no_process_outlives_a_prepare_that_is_killed(tmp_path: Path) -> None:
     assert killed(tmp_path / "out", 2, 10, 0.0)
 
 
-def test_a_part_on_disk_is_in_memory_no_longer(tmp_path: Path) -> None:
-    def in_memory(path: Path) -> bool:
-        with path.open("rb") as file:
-            try:
-                return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
-            except BlockingIOError:
-                return False
-            except OSError:
-                pytest.skip("this file system does not say what it holds in memory")
-
-    if not hasattr(os, "RWF_NOWAIT"):
-        pytest.skip("this system does not say what it holds in memory")
-    prepare_task(ListedTask({"train": [row(1)]}), tmp_path, tmp_path / "out", LOOSE)
-    path = tmp_path / "out" / "listed" / "train" / "00000.parquet"
-    assert not in_memory(path)
-    path.read_bytes()
-    assert in_memory(path)
-
-
 def test_no_picture_of_the_benchmark_comes_twice() -> None:
     drawn = draw(0)
     variants = {hashlib.sha256(altered(drawn, number)).digest() for number in range(80_000 // DISTINCT)}

@@ -19,7 +19,7 @@ from cpt_rft.data.drop import Drop
 from cpt_rft.data.example import Example
 from cpt_rft.data.parquet import SCHEMA, to_record
 from cpt_rft.data.workers import run_in_processes
-from cpt_rft.files import FileRecord, atomic_path, read_json, sha256_file, uncache_file, write_text_atomic
+from cpt_rft.files import FileRecord, atomic_path, read_json, sha256_file, write_text_atomic
 
 PART_ROWS = 512
 PART_BYTES = 8 * 2**20  # of pictures: what one process holds at once, a few times over
@@ -112,9 +112,7 @@ def write_table(path: Path, table: pa.Table) -> FileRecord:
     """Write rows as one parquet file, whole or not at all."""
     with atomic_path(path) as partial:
         pq.write_table(table, partial, **PARQUET_OPTIONS)
-        record = FileRecord(partial.stat().st_size, sha256_file(partial))
-    uncache_file(path)
-    return record
+        return FileRecord(partial.stat().st_size, sha256_file(partial))
 
 
 def _cut(rows: Iterable[Example | Drop]) -> Iterator[list[Example | Drop]]:
