@@ -242,7 +242,7 @@ def test_80_000_pictures_fit_in_memory(record_property: Callable[[str, object], 
 def test_two_processes_cost_what_one_does(record_property: Callable[[str, object], None]) -> None:
     """What a picture costs must not rise; how far the clock follows depends on what else the cores do.
 
-    Red when last run: 0.81 of the bare rate with one process, 0.69 with two (docs/log.md).
+    Red when last run: 0.83 of the bare rate with one process, 0.64 with two (docs/log.md).
     """
     result = benchmark("--pictures", 8_000, "--processes", 1, 2, "--rounds", 3)
     record_property("prepare", result)
